@@ -1,0 +1,1 @@
+"""The decoder networks: pure torch modules from scaled latents to pictures."""

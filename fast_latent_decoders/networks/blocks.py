@@ -1,0 +1,90 @@
+"""What every decoder network shares: a flat list of blocks and the one walk over it.
+
+Conventions: tensors are (N, C, H, W); the input is scaled latents, the output pictures, nominally in [-1, 1], not clamped.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def squash(z: Tensor) -> Tensor:
+    """Bound scaled latents to (-3, 3), TAESD's input convention (FACTS 2.2): whatever comes in, fp16 stays finite."""
+    return 3 * torch.tanh(z / 3)
+
+
+class BlockNetwork(nn.Module):
+    """A decoder as data: `layers`, walked from first to last.
+
+    Blocks that mix frames carry ``temporal = True`` and are called as ``block(x, num_frames)``, the others as ``block(x)``.
+    Blocks that see the whole picture carry ``is_global = True``: such a network has no finite receptive field.
+    Whole and tiled decoding use this walk on different windows of the latents.
+    """
+
+    def __init__(self, layers: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+        self.gradient_checkpointing = False
+        self._gradient_checkpointing_func: Callable[..., Any] | None = None
+
+    def forward(self, z: Tensor, num_frames: int | None = None) -> Tensor:
+        """Scaled latents (N, C, h, w) to pictures (N, 3, 8h, 8w)."""
+        x = squash(z)
+        checkpoint = self._gradient_checkpointing_func if self.gradient_checkpointing and torch.is_grad_enabled() else None
+        for layer in self.layers:
+            inputs = (x, num_frames) if getattr(layer, "temporal", False) else (x,)
+            x = checkpoint(layer, *inputs) if checkpoint else layer(*inputs)
+        return self.to_picture(x)
+
+    def to_picture(self, x: Tensor) -> Tensor:
+        """The last layer's output to [-1, 1]; the identity unless a family says otherwise."""
+        return x
+
+    def halo(self) -> int | None:
+        """Latents that a tile needs around it for its pixels to be exact; None if the network sees everything.
+
+        Follows the receptive field from the output back to the latents, rounding up at each upsampling.
+        """
+        halo = 0
+        for module in reversed(list(self.modules())):
+            if getattr(module, "is_global", False):
+                return None
+            if isinstance(module, nn.Conv2d):
+                halo += (module.kernel_size[0] - 1) // 2 * module.dilation[0]
+            elif isinstance(module, (nn.Upsample, nn.PixelShuffle)):
+                halo = -(-halo // 2)
+        return halo
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(relu(... conv(x))), all 3x3 at one width; the last convolution starts at zero, so a new block is the identity."""
+
+    def __init__(self, width: int, convs: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for i in range(convs):
+            layers += [nn.ReLU()] if i else []
+            layers += [nn.Conv2d(width, width, 3, padding=1)]
+        self.conv = nn.Sequential(*layers)
+        nn.init.zeros_(self.conv[-1].weight)
+        nn.init.zeros_(self.conv[-1].bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv(x)
+
+
+class SubpixelUp(nn.Sequential):
+    """Twice the resolution by a 3x3 convolution and a pixel shuffle.
+
+    The four sub-pixel kernels of a channel start equal (Aitken et al. 2017), as nearest upsampling would be:
+    no checkerboard before the first step.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        conv = nn.Conv2d(in_channels, 4 * out_channels, 3, padding=1)
+        with torch.no_grad():
+            conv.weight.copy_(conv.weight[::4].repeat_interleave(4, dim=0))
+            conv.bias.copy_(conv.bias[::4].repeat_interleave(4, dim=0))
+        super().__init__(conv, nn.PixelShuffle(2))

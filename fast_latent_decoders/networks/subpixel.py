@@ -1,0 +1,28 @@
+"""Subpixel: our own family. Capacity at 1/8 resolution, less at 1/4 and 1/2, nothing at full resolution (issue 9).
+
+TAESD spends 55 % of its work at full resolution (FIELD 1e.1). Here every upsampling, the last one to RGB included,
+is a convolution followed by a pixel shuffle, and no layer normalises: tiles can be exact and fp16 cannot overflow
+through a statistic.
+"""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from .blocks import BlockNetwork, ResidualBlock, SubpixelUp
+
+
+class SubpixelNetwork(BlockNetwork):
+    """Three stages of residual blocks at 1/8, 1/4 and 1/2 of the picture's resolution."""
+
+    def __init__(self, latent_channels: int, widths: Sequence[int], blocks: Sequence[int], convs: int) -> None:
+        if len(widths) != 3 or len(blocks) != 3 or min(*widths, *blocks) < 1 or convs < 1:
+            raise ValueError(
+                "expected three widths and three block counts (for 1/8, 1/4 and 1/2 resolution) and convs, all at least 1; "
+                f"got widths {tuple(widths)}, blocks {tuple(blocks)}, convs {convs}"
+            )
+        layers: list[nn.Module] = [nn.Conv2d(latent_channels, widths[0], 3, padding=1)]
+        for width, count, following in zip(widths, blocks, [*widths[1:], 3], strict=True):
+            layers += [ResidualBlock(width, convs) for _ in range(count)]
+            layers += [SubpixelUp(width, following)]
+        super().__init__(layers)

@@ -1,0 +1,278 @@
+"""Train a decoder on pictures: python training/train.py training/configs/subpixel-sdxl.yaml [key=value ...]
+
+Reads from top to bottom: knobs, data, model, optimiser, loop. A run that is stopped goes on where it was when called again.
+"""
+
+import json
+import math
+import random
+import sys
+import time
+from dataclasses import asdict, dataclass, field, fields
+from glob import glob
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor
+from tqdm import tqdm
+
+import fast_latent_decoders
+
+sys.path.insert(0, str(Path(__file__).parent))
+from data import load_pictures, random_crop
+from latents import StandInEncoder
+from losses import ShiftTolerantLPIPS, SqueezeNetFeatures
+from validate import TinyDecoder, measure
+
+# ---------------------------------------------------------------- knobs
+
+
+@dataclass(frozen=True)
+class Config:
+    decoder: dict[str, Any]  # class name and configuration of the decoder
+    out: str  # folder of checkpoints, log and the finished model
+    pictures: list[str]  # patterns of WebDataset shards
+    val_pictures: list[str]
+    encoder: str  # stand-in encoder, TAESD layout
+    squeezenet: str
+    baseline: str | None = None  # decoder to compare with while training, TAESD layout
+    colour_table: str | None = None
+    colours: str | None = None
+    seed: int = 0
+    steps: int = 10_000
+    warmup: int = 200
+    lr: float = 1e-3
+    final_lr: float = 0.02  # share of lr at the end of the cosine
+    weight_decay: float = 1e-4
+    clip: float = 1.0  # gradient norm
+    ema: float = 0.999
+    crops: list[list[float]] = field(default_factory=lambda: [[0.0, 128, 8]])  # [from this share of the run, px, batch]
+    shard: int = 2048  # crops whose latents are made at once, with one draw of the encoder's weights
+    epochs_per_shard: int = 3
+    table_share: list[float] = field(default_factory=lambda: [0.2, 0.8])  # of the colour table, drawn per sample
+    noise: float = 0.03  # largest standard deviation of the noise on latents, drawn per sample
+    transplants: float = 0.125  # share of samples with a real colour
+    l1: float = 1.0
+    squeeze: float = 0.3
+    stlpips: float = 0.3
+    perceptual_px: list[float] = field(default_factory=lambda: [0.5, 0.25])  # share of a batch that SqueezeNet, ST-LPIPS see
+    val_every: int = 1000
+    val_count: int = 24
+    save_every: int = 250
+
+
+def read_config(path: str, changes: list[str]) -> Config:
+    """The YAML file at `path` with `key=value` changes.
+
+    Raises:
+        SystemExit: a key that does not exist; the message lists those that do.
+    """
+    values = yaml.safe_load(Path(path).read_text())
+    for change in changes:
+        key, _, value = change.partition("=")
+        values[key] = yaml.safe_load(value)
+    known = [f.name for f in fields(Config)]
+    if unknown := sorted(set(values) - set(known)):
+        raise SystemExit(f"unknown key {unknown[0]!r} in {path}; the keys are {', '.join(known)}")
+    values["lr"] = float(values.get("lr", Config.lr))
+    return Config(**values)
+
+
+def expand(patterns: list[str]) -> list[str]:
+    return sorted(path for pattern in patterns for path in glob(pattern))
+
+
+# ---------------------------------------------------------------- data
+
+
+@dataclass
+class Shard:
+    """Latents and targets made with one draw of the encoder's weights."""
+
+    latents: Tensor  # (M, C, h, w) scaled
+    table: Tensor  # (M, C, h, w), what the colour table adds at share 1; zero for transplants
+    targets: Tensor  # (M, 3, H, W) uint8
+
+
+def shard_count(c: Config, size: int) -> int:
+    """Crops in a shard: as many pixels at every crop size."""
+    return max(64, int(c.shard * (128 / size) ** 2))
+
+
+def make_shard(c: Config, pictures: list[Tensor], encoder: StandInEncoder, size: int, index: int, autocast: bool) -> Shard:
+    """Crop first, then encode the crop: every latent belongs to the whole of its target (DESIGN 5)."""
+    rng = np.random.default_rng((c.seed, size, index))
+    generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+    encoder.redraw(generator)
+    count = shard_count(c, size)
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    for start in tqdm(range(0, count, 32), desc=f"latents of shard {index}", leave=False, disable=None):
+        crops = torch.stack([random_crop(pictures, size, rng) for _ in range(min(32, count - start))])
+        latents, table = encoder.encode(crops, autocast), encoder.table_at(crops)
+        if encoder.colours is not None and (n := round(len(crops) * c.transplants)):
+            # A third quite flat, the rest from hardly visible to photographic: flatness is never the cue.
+            amplitude = torch.where(
+                torch.rand(n, generator=generator) < 1 / 3, 0.0, 10 ** (-2 * torch.rand(n, generator=generator))
+            )
+            colours = torch.randint(len(encoder.colours["srgb"]), (n,), generator=generator)
+            latents[:n], crops[:n] = encoder.transplant(crops[:n], amplitude, colours, autocast)
+            table[:n] = 0
+        parts.append((latents, table, ((crops + 1) * 127.5).round().to(torch.uint8)))
+    return Shard(*(torch.cat(p) for p in zip(*parts, strict=True)))
+
+
+def draw_batch(c: Config, shard: Shard, rows: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    """Latents with a share of the colour table and a little noise, drawn anew at every use, and their targets."""
+    generator = torch.Generator().manual_seed(c.seed * 7_000_003 + step)
+    low, high = c.table_share
+    share = low + (high - low) * torch.rand(len(rows), 1, 1, 1, generator=generator)
+    sigma = c.noise * torch.rand(len(rows), 1, 1, 1, generator=generator)
+    z = shard.latents[rows] + share * shard.table[rows]
+    z = z + sigma * torch.randn(z.shape, generator=generator)
+    return z.contiguous(memory_format=torch.channels_last), shard.targets[rows].float() / 127.5 - 1
+
+
+# ---------------------------------------------------------------- helpers
+
+
+def bfloat16_is_faster(network: torch.nn.Module, channels: int) -> bool:
+    """Times one step each way: on a CPU with AMX or AVX512-BF16 bfloat16 wins, on others it loses (DESIGN 4)."""
+    z = torch.randn(4, channels, 16, 16).contiguous(memory_format=torch.channels_last)
+    seconds = {}
+    for autocast in (False, True):
+        for _ in range(3):  # the last one counts
+            start = time.perf_counter()
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                y = network(z)
+            y.float().abs().mean().backward()
+            seconds[autocast] = time.perf_counter() - start
+            network.zero_grad(set_to_none=True)
+    return seconds[True] < seconds[False]
+
+
+def learning_rate(c: Config, step: int) -> float:
+    if step < c.warmup:
+        return c.lr * (step + 1) / c.warmup
+    progress = (step - c.warmup) / max(1, c.steps - c.warmup)
+    return c.lr * (c.final_lr + (1 - c.final_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    temporary = path.with_suffix(".tmp")
+    torch.save(state, temporary)
+    temporary.replace(path)
+
+
+# ---------------------------------------------------------------- run
+
+
+def main() -> None:
+    if len(sys.argv) < 2:
+        raise SystemExit(__doc__)
+    c = read_config(sys.argv[1], sys.argv[2:])
+    out = Path(c.out)
+    out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(c.seed)
+    random.seed(c.seed)
+
+    pictures = load_pictures(expand(c.pictures))
+    val = load_pictures(expand(c.val_pictures))[:: max(1, 200 // c.val_count)][: c.val_count]
+    encoder = StandInEncoder(Path(c.encoder), *(Path(p) if p else None for p in (c.colour_table, c.colours)))
+
+    arguments = dict(c.decoder)
+    model = getattr(fast_latent_decoders, arguments.pop("_class_name"))(**arguments)
+    network = model.decoder.to(memory_format=torch.channels_last).train()
+    ema = {key: value.clone() for key, value in network.state_dict().items()}
+    autocast = bfloat16_is_faster(network, model.config.latent_channels)
+
+    optimizer = torch.optim.AdamW(network.parameters(), lr=c.lr, betas=(0.9, 0.99), weight_decay=c.weight_decay, fused=True)
+    squeeze = SqueezeNetFeatures(Path(c.squeezenet)).to(memory_format=torch.channels_last)
+    stlpips = ShiftTolerantLPIPS().to(memory_format=torch.channels_last)
+
+    step = 0
+    if (out / "checkpoint.pt").exists():
+        state = torch.load(out / "checkpoint.pt", weights_only=True)
+        network.load_state_dict(state["network"])
+        optimizer.load_state_dict(state["optimizer"])
+        ema, step = state["ema"], state["step"]
+
+    def checkpoint() -> None:
+        state = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema, "step": step}
+        save(out / "checkpoint.pt", state)
+
+    def validate() -> dict[str, float]:
+        trained = {key: value.clone() for key, value in network.state_dict().items()}
+        network.load_state_dict(ema)
+        encoder.redraw(None)
+        found = measure(network.eval(), encoder, val, share=0.5, stlpips=stlpips, autocast=autocast)
+        network.train().load_state_dict(trained)
+        return found
+
+    log = (out / "log.jsonl").open("a")
+    log.write(json.dumps({"config": asdict(c), "step": step, "autocast": autocast}) + "\n")
+    if c.baseline and step == 0:
+        encoder.redraw(None)
+        found = measure(TinyDecoder(Path(c.baseline)), encoder, val, share=0.5, stlpips=stlpips, autocast=False)
+        log.write(json.dumps({"baseline": found}) + "\n")
+        print("baseline", found)
+
+    shard, shard_key, seen = None, None, {}
+    bar = tqdm(initial=step, total=c.steps, disable=None, dynamic_ncols=True)
+    while step < c.steps:
+        # Everything random follows from the seed and the step, so that a resumed run is the run that was stopped.
+        first, size, batch = max((round(share * c.steps), int(px), int(n)) for share, px, n in c.crops if share * c.steps <= step)
+        count = shard_count(c, size)
+        epoch, place = divmod(step - first, count // batch)
+        key = (size, epoch // c.epochs_per_shard)
+        if key != shard_key:
+            shard, shard_key = make_shard(c, pictures, encoder, size, key[1], autocast), key
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(c.seed + 31 * epoch))
+        z, target = draw_batch(c, shard, order[place * batch : (place + 1) * batch], step)
+
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(c, step)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            decoded = network(z).float()
+            a, b = (max(1, round(len(z) * share)) for share in c.perceptual_px)
+            terms = {"l1": (decoded - target).abs().mean()}
+            if c.squeeze:
+                terms["squeeze"] = squeeze(decoded[:a], target[:a])
+            if c.stlpips:
+                terms["stlpips"] = stlpips(decoded[-b:], target[-b:])
+        loss = sum(getattr(c, name) * term.float() for name, term in terms.items())
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(network.parameters(), c.clip)
+        if not torch.isfinite(norm):
+            raise SystemExit(f"the gradient is not finite at step {step}: lower lr; the last checkpoint is in {out}")
+        optimizer.step()
+        step += 1
+        decay = min(c.ema, step / (step + 10))
+        with torch.no_grad():
+            for name, value in network.state_dict().items():
+                ema[name].lerp_(value, 1 - decay)
+
+        for name, term in terms.items():
+            seen[name] = 0.98 * seen.get(name, term.item()) + 0.02 * term.item()
+        bar.update()
+        bar.set_postfix({name: f"{value:.4f}" for name, value in seen.items()})
+        if step % c.save_every == 0 or step == c.steps:
+            checkpoint()
+            log.write(json.dumps({"step": step, "time": round(time.time()), "norm": norm.item(), **seen}) + "\n")
+            log.flush()
+        if step % c.val_every == 0 or step == c.steps:
+            found = validate()
+            log.write(json.dumps({"step": step, "val": found}) + "\n")
+            log.flush()
+            bar.write(f"{step} {found}")
+
+    network.load_state_dict(ema)
+    model.to(torch.float16).save_pretrained(out / "model")
+    print(f"finished: the decoder is in {out / 'model'}")
+
+
+if __name__ == "__main__":
+    main()
