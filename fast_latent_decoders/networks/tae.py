@@ -1,0 +1,72 @@
+"""TAE: the paper's decoder, TAESD's layer list at any uniform width (FACTS 2.2).
+
+Tensor names and maths are those of diffusers' `DecoderTiny`, so the weights of an `AutoencoderTiny` decoder load as they are
+and ours can be exported as one.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from .blocks import BlockNetwork
+
+UPSAMPLINGS = ("nearest", "bilinear")
+
+
+class TAENetwork(BlockNetwork):
+    """Four stages of residual blocks of one width, at 1/8, 1/4, 1/2 and full resolution.
+
+    Scaled latents (N, latent_channels, h, w) to pictures (N, 3, 8h, 8w), nominally in [-1, 1].
+    The published TAE-192 is ``TAENetwork(4, 192)``, TAESD is ``TAENetwork(4, 64)``.
+    Raises ValueError for a width below 1, anything but four block counts, or an unknown upsampling.
+    """
+
+    def __init__(
+        self, latent_channels: int, width: int, blocks: Sequence[int] = (3, 3, 3, 1), upsampling: str = "nearest"
+    ) -> None:
+        super().__init__(tae_layers(latent_channels, width, blocks, upsampling))
+
+    def to_picture(self, x: Tensor) -> Tensor:
+        """The layers end in [0, 1]."""
+        return x.mul(2).sub(1)
+
+    def halo(self) -> int | None:
+        """As in `BlockNetwork`. Bilinear upsampling reads one more neighbour at each step: 1 + 1/2 + 1/4 latents, so two."""
+        halo = super().halo()
+        bilinear = any(isinstance(layer, nn.Upsample) and layer.mode == "bilinear" for layer in self.layers)
+        return halo + 2 if halo is not None and bilinear else halo
+
+
+def tae_layers(latent_channels: int, width: int, blocks: Sequence[int], upsampling: str) -> list[nn.Module]:
+    """The layer list, which `TAETemporalNetwork` extends. Positions are tensor names: nothing may move."""
+    if width < 1 or len(blocks) != 4 or min(blocks) < 0:
+        raise ValueError(
+            "expected a width of at least 1 and four block counts (for 1/8, 1/4, 1/2 and full resolution) of at least 0; "
+            f"got width {width}, blocks {tuple(blocks)}"
+        )
+    if upsampling not in UPSAMPLINGS:
+        raise ValueError(f"expected upsampling to be one of {', '.join(UPSAMPLINGS)}; got {upsampling!r}")
+    layers: list[nn.Module] = [nn.Conv2d(latent_channels, width, 3, padding=1), nn.ReLU()]
+    for count in blocks[:-1]:
+        layers += [TAEBlock(width) for _ in range(count)]
+        layers += [nn.Upsample(scale_factor=2, mode=upsampling), nn.Conv2d(width, width, 3, padding=1, bias=False)]
+    layers += [TAEBlock(width) for _ in range(blocks[-1])]
+    return [*layers, nn.Conv2d(width, 3, 3, padding=1)]
+
+
+class TAEBlock(nn.Module):
+    """relu(x + conv(relu(conv(relu(conv(x)))))), all 3x3 at one width."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1),
+        )
+        self.relu = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.conv(x) + x)
