@@ -24,7 +24,20 @@ class TAENetwork(BlockNetwork):
     def __init__(
         self, latent_channels: int, width: int, blocks: Sequence[int] = (3, 3, 3, 1), upsampling: str = "nearest"
     ) -> None:
-        super().__init__(tae_layers(latent_channels, width, blocks, upsampling))
+        if width < 1 or len(blocks) != 4 or min(blocks) < 0:
+            raise ValueError(
+                "expected a width of at least 1 and four block counts (for 1/8, 1/4, 1/2 and full resolution) of at least 0; "
+                f"got width {width}, blocks {tuple(blocks)}"
+            )
+        if upsampling not in UPSAMPLINGS:
+            raise ValueError(f"expected upsampling to be one of {', '.join(UPSAMPLINGS)}; got {upsampling!r}")
+        # Positions are tensor names: nothing may move.
+        layers: list[nn.Module] = [nn.Conv2d(latent_channels, width, 3, padding=1), nn.ReLU()]
+        for count in blocks[:-1]:
+            layers += [TAEBlock(width) for _ in range(count)]
+            layers += [nn.Upsample(scale_factor=2, mode=upsampling), nn.Conv2d(width, width, 3, padding=1, bias=False)]
+        layers += [TAEBlock(width) for _ in range(blocks[-1])]
+        super().__init__([*layers, nn.Conv2d(width, 3, 3, padding=1)])
 
     def to_picture(self, x: Tensor) -> Tensor:
         """The layers end in [0, 1]."""
@@ -35,23 +48,6 @@ class TAENetwork(BlockNetwork):
         halo = super().halo()
         bilinear = any(isinstance(layer, nn.Upsample) and layer.mode == "bilinear" for layer in self.layers)
         return halo + 2 if halo is not None and bilinear else halo
-
-
-def tae_layers(latent_channels: int, width: int, blocks: Sequence[int], upsampling: str) -> list[nn.Module]:
-    """The layer list, which `TAETemporalNetwork` extends. Positions are tensor names: nothing may move."""
-    if width < 1 or len(blocks) != 4 or min(blocks) < 0:
-        raise ValueError(
-            "expected a width of at least 1 and four block counts (for 1/8, 1/4, 1/2 and full resolution) of at least 0; "
-            f"got width {width}, blocks {tuple(blocks)}"
-        )
-    if upsampling not in UPSAMPLINGS:
-        raise ValueError(f"expected upsampling to be one of {', '.join(UPSAMPLINGS)}; got {upsampling!r}")
-    layers: list[nn.Module] = [nn.Conv2d(latent_channels, width, 3, padding=1), nn.ReLU()]
-    for count in blocks[:-1]:
-        layers += [TAEBlock(width) for _ in range(count)]
-        layers += [nn.Upsample(scale_factor=2, mode=upsampling), nn.Conv2d(width, width, 3, padding=1, bias=False)]
-    layers += [TAEBlock(width) for _ in range(blocks[-1])]
-    return [*layers, nn.Conv2d(width, 3, 3, padding=1)]
 
 
 class TAEBlock(nn.Module):
