@@ -1,0 +1,283 @@
+"""FastDecoder: a decoder that diffusers pipelines accept as their VAE (socket A), or inside it (socket B)."""
+
+import os
+import warnings
+from typing import Any, ClassVar, Self
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput, IdentityDistribution
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from torch import Tensor, nn
+
+from . import presets
+from .encoder import encoder_part, load_tiny_encoder
+from .latent_space import LatentSpace, latent_space
+from .networks.blocks import BlockNetwork
+from .socket import DecoderSocket, plug
+from .tiling import SPATIAL_FACTOR, decode_tiled
+
+ENCODERS = ("embedded", "external", "none")
+
+
+class FastDecoder(ModelMixin, AutoencoderMixin, ConfigMixin):
+    """The diffusers model that all families extend.
+
+    Conventions:
+        latents (N, C, h, w) in VAE units (what a pipeline hands to `vae.decode`), scaled inside;
+        pictures (N, 3, 8h, 8w), nominally in [-1, 1], not clamped;
+        dtype and device are the module's: latents are cast.
+    """
+
+    _supports_gradient_checkpointing = True
+    _group_offload_block_modules: ClassVar = ["decoder"]
+    families: ClassVar[dict[str, type["FastDecoder"]]] = {}
+    decoder: BlockNetwork
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        FastDecoder.families[cls.__name__] = cls
+        # What a saved pipeline's model_index.json names must outlive our file names (CONTRACT 6.1).
+        if cls.__module__.startswith("fast_latent_decoders."):
+            cls.__module__ = "fast_latent_decoders"
+
+    def _set_up(self, network: BlockNetwork) -> None:
+        """The end of every family's __init__: keeps the network, checks and completes the configuration.
+
+        Raises:
+            ValueError: `force_upcast=True`, an unknown `encoder`, a latent space that contradicts itself, or
+                `block_out_channels` of another length than 4.
+        """
+        config = self.config
+        if config.force_upcast:
+            raise ValueError("force_upcast must be False: fast decoders are finite in float16, upcasting would only slow them down")
+        if config.encoder not in ENCODERS:
+            raise ValueError(f"encoder must be one of {', '.join(ENCODERS)}, got {config.encoder!r}")
+        self.latent_space: LatentSpace = latent_space(
+            config.latent_space, config.latent_channels, config.scaling_factor, config.shift_factor
+        )
+        # Pipelines read a spatial factor of 2 ** (length - 1) = 8 from this field and nothing else (CONTRACT 2.1, 2.8).
+        channels = tuple(config.block_out_channels or (64,) * 4)
+        if len(channels) != 4:
+            raise ValueError(f"block_out_channels must have 4 entries, so that pipelines find a spatial factor of 8, got {channels}")
+        self.register_to_config(
+            block_out_channels=channels,
+            latent_channels=self.latent_space.channels,
+            scaling_factor=self.latent_space.scaling_factor,
+        )
+        self.decoder = network
+        self.use_slicing = False
+        self.use_tiling = False
+        self.tile_size = 128
+        # Held in a tuple, outside the module tree: not saved, counted, cast or offloaded with the decoder (CONTRACT 5.3).
+        self._encoder: tuple[nn.Module] | None = None
+
+    # ---------------------------------------------------------------- decode
+
+    @apply_forward_hook  # without it model offload would not see this call (CONTRACT 7.3)
+    def decode(
+        self,
+        z: Tensor,
+        return_dict: bool = True,
+        generator: torch.Generator | None = None,
+        num_frames: int | None = None,
+    ) -> DecoderOutput | tuple[Tensor]:
+        """Latents to pictures.
+
+        Args:
+            z: (N, C, h, w) in VAE units, any floating dtype and device.
+            return_dict: False gives a tuple of one tensor.
+            generator: accepted because SD pipelines pass one; nothing is random here.
+            num_frames: frames of each clip in the batch, for families that mix frames; None: N independent pictures.
+
+        Returns:
+            `sample` (N, 3, 8h, 8w), nominally in [-1, 1], not clamped, in the module's dtype.
+
+        Raises:
+            ValueError: z is not (N, C, h, w) with this decoder's number of channels, or not floating point.
+        """
+        return self._output(z, return_dict, num_frames)
+
+    def forward(self, z: Tensor, return_dict: bool = True, num_frames: int | None = None) -> DecoderOutput | tuple[Tensor]:
+        """`decode` in diffusers' model convention. SVD looks for `num_frames` in this signature (CONTRACT 3.3)."""
+        return self._output(z, return_dict, num_frames)
+
+    def _output(self, z: Tensor, return_dict: bool, num_frames: int | None) -> DecoderOutput | tuple[Tensor]:
+        channels = self.config.latent_channels
+        if z.ndim != 4 or z.shape[1] != channels or not z.is_floating_point():
+            raise ValueError(
+                f"expected floating-point latents (N, {channels}, h, w) of the {self.latent_space.name!r} latent space, "
+                f"got {z.dtype} of shape {tuple(z.shape)}"
+            )
+        if self.device.type != "meta":  # under sequential offload the hooks move what they need (CONTRACT 7.6)
+            z = z.to(self.device)
+        space = self.latent_space
+        scaled = ((z.float() - space.shift_factor) * space.scaling_factor).to(self.dtype)
+        step = max(1, num_frames or 1) if self.use_slicing else len(scaled)
+        parts = [self._decode(part, num_frames) for part in scaled.split(step)] if step < len(scaled) else [self._decode(scaled, num_frames)]
+        sample = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+    def _decode(self, scaled: Tensor, num_frames: int | None) -> Tensor:
+        if self.use_tiling:
+            return decode_tiled(self.decoder, scaled, num_frames, self.tile_size)
+        return self.decoder(scaled, num_frames)
+
+    def enable_tiling(self, tile_size: int = 128) -> None:
+        """Decode `tile_size` latents at a time (8 times as many pixels); exact for families with a finite receptive field."""
+        if tile_size < 1:
+            raise ValueError(f"tile_size must be at least 1 latent, got {tile_size}")
+        self.tile_size = tile_size
+        super().enable_tiling()
+
+    # ---------------------------------------------------------------- encode
+
+    @apply_forward_hook
+    def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[Any]:
+        """Pictures (N, 3, H, W) in [-1, 1] to an object with `.latent_dist.sample(generator)` and `.mode()`, in VAE units.
+
+        By the tiny encoder of the same latent space, or by the VAE given to `with_encoder`, which keeps its own dtype.
+
+        Raises:
+            RuntimeError: this decoder has no encoder; the message says how to give it one.
+            ValueError: x is not (N, 3, H, W).
+        """
+        if x.ndim != 4 or x.shape[1] != 3:
+            raise ValueError(f"expected pictures (N, 3, H, W) in [-1, 1], got shape {tuple(x.shape)}")
+        if self.device.type != "meta":
+            x = x.to(self.device)
+        if self.config.encoder == "embedded":
+            distribution = self._encode_embedded(x)
+        elif self._encoder is not None:
+            distribution = self._encode_external(self._encoder[0], x)
+        else:
+            raise RuntimeError(
+                f"this {type(self).__name__} has encoder={self.config.encoder!r} and none was given: pass encoder=vae to "
+                "from_pretrained, or call .with_encoder(vae), before image-to-image, inpainting or image-to-video"
+            )
+        return AutoencoderKLOutput(latent_dist=distribution) if return_dict else (distribution,)
+
+    def _encode_embedded(self, x: Tensor) -> IdentityDistribution:
+        if self._encoder is None:
+            self._encoder = (load_tiny_encoder(self.latent_space),)
+            warnings.warn(
+                f"encoding with the tiny {self.latent_space.name!r} encoder, a stand-in for the VAE's own; "
+                "pass encoder=vae to from_pretrained for the real one",
+                stacklevel=3,
+            )
+        tiny = self._encoder[0].to(device=x.device, dtype=self.dtype)
+        space = self.latent_space
+        return IdentityDistribution(tiny(x.to(self.dtype)) / space.scaling_factor + space.shift_factor)
+
+    @staticmethod
+    def _encode_external(vae: nn.Module, x: Tensor) -> Any:
+        # No hook moves the delegate (CONTRACT 5.3): it comes to the input for this call and goes back.
+        home = next(vae.parameters())
+        if home.device.type == "meta" or home.device == x.device:
+            return vae.encode(x.to(home.dtype)).latent_dist
+        device = home.device
+        try:
+            return vae.to(x.device).encode(x.to(home.dtype)).latent_dist
+        finally:
+            vae.to(device)
+
+    def with_encoder(self, vae: nn.Module) -> Self:
+        """Let `vae` (its encoder; the decoder is not held) do the encoding, in its own dtype. Returns self.
+
+        Raises:
+            ValueError: `vae` has another latent space.
+        """
+        self._check_space(vae)
+        self._encoder = (encoder_part(vae),)
+        self.register_to_config(encoder="external")
+        return self
+
+    # ---------------------------------------------------------------- socket B
+
+    def inside(self, vae: nn.Module) -> DecoderSocket:
+        """This decoder as a replacement for `vae.decoder`: ``vae.decoder = fast.inside(vae)``.
+
+        The socket takes the VAE's device and dtype; where they are the decoder's own, weights are shared, not copied.
+        From then on the VAE refuses to be saved while the socket is in it, and its tiles are exact (CONTRACT 4.6, 4.7).
+
+        Raises:
+            TypeError: `vae` is not a VAE with a decoder that can be replaced.
+            ValueError: it has another latent space, or a `post_quant_conv` that cannot be inverted.
+        """
+        if isinstance(vae, FastDecoder) or not hasattr(vae, "decoder") or not hasattr(vae, "config"):
+            raise TypeError(
+                f"expected a diffusers VAE whose decoder can be replaced (AutoencoderKL, AutoencoderKLTemporalDecoder), "
+                f"got {type(vae).__name__}; to replace the whole VAE, assign pipe.vae"
+            )
+        self._check_space(vae)
+        if next(self.decoder.parameters()).device.type == "meta":
+            raise ValueError("this decoder's weights are offloaded; load it again with from_pretrained and use that one")
+        # A network of its own over the same tensors: `.to` on the VAE then leaves this decoder as it is.
+        with torch.device("meta"):
+            network = type(self).from_config(self.config).decoder
+        network.load_state_dict(self.decoder.state_dict(), assign=True)
+        network.train(self.decoder.training)
+        return plug(DecoderSocket(network, self.latent_space, vae, type(self).__name__), vae)
+
+    def _check_space(self, vae: nn.Module) -> None:
+        config, mine = vae.config, self.latent_space
+        theirs = LatentSpace(
+            name="?",
+            channels=getattr(config, "latent_channels", mine.channels),
+            scaling_factor=getattr(config, "scaling_factor", None) or 1.0,
+            shift_factor=getattr(config, "shift_factor", None) or 0.0,
+            spatial_factor=2 ** (len(config.block_out_channels) - 1),
+        )
+        facts = {
+            key: (getattr(mine, key), getattr(theirs, key)) for key in ("channels", "scaling_factor", "shift_factor", "spatial_factor")
+        }
+        wrong = {key: pair for key, pair in facts.items() if abs(pair[0] - pair[1]) > 1e-6}
+        if getattr(config, "latents_mean", None) is not None or wrong:
+            told = "; ".join(f"{key} {theirs} where this decoder has {mine}" for key, (mine, theirs) in wrong.items())
+            fitting = presets.names_for(theirs.scaling_factor)
+            raise ValueError(
+                f"this {type(vae).__name__} has another latent space than {mine.name!r}: {told or 'its own latents_mean'}. "
+                + (f"Presets that fit it: {', '.join(fitting)}" if fitting else "No preset fits it")
+            )
+
+    # ---------------------------------------------------------------- loading
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], encoder: nn.Module | None = None, **kwargs: Any) -> Self:
+        """Load a preset by name, a folder, or a Hub id; called on `FastDecoder`, returns the class that the config names.
+
+        Args:
+            pretrained_model_name_or_path: a name of `presets()`; else a folder or Hub id, as in diffusers.
+            encoder: a VAE of the same latent space that does the encoding.
+            **kwargs: as for any diffusers model (`torch_dtype`, `variant`, `subfolder`, `revision`, ...).
+
+        Raises:
+            ValueError: another class than the one called, or a checkpoint with missing or surplus tensors.
+            OSError: nothing to load there; for an unknown preset the message names the nearest ones.
+        """
+        path = presets.locate(str(pretrained_model_name_or_path))
+        keys = ("subfolder", "revision", "token", "cache_dir", "force_download", "proxies", "local_files_only")
+        config = cls.load_config(path, **{key: kwargs[key] for key in keys if key in kwargs})
+        name = config.get("_class_name")
+        family = FastDecoder.families.get(name)
+        if family is None or not issubclass(family, cls):
+            known = ", ".join(c for c, k in FastDecoder.families.items() if issubclass(k, cls))
+            raise ValueError(
+                f"{pretrained_model_name_or_path} holds a {name}, expected {known}"
+                + ("; convert it first: fld convert" if name == "AutoencoderTiny" else "")
+            )
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super(FastDecoder, family).from_pretrained(path, output_loading_info=True, **kwargs)
+        # diffusers only logs these, and leaves what is missing on the meta device (CONTRACT 6.11).
+        wrong = {what: sorted(info[f"{what}_keys"]) for what in ("missing", "unexpected") if info[f"{what}_keys"]}
+        if wrong:
+            told = "; ".join(f"{len(keys)} {what} tensors ({', '.join(keys[:3])} ...)" for what, keys in wrong.items())
+            raise ValueError(f"the weights in {pretrained_model_name_or_path} do not fit its {name} config: {told}")
+        if encoder is not None:
+            model.with_encoder(encoder)
+        return (model, info) if wants_info else model
+
+
+FastDecoder.__module__ = "fast_latent_decoders"
+assert SPATIAL_FACTOR == 8

@@ -1,0 +1,168 @@
+"""The families of decoders: a network and its configuration each. The signature is the config (written to config.json).
+
+Fields that all share:
+    latent_space: "sdxl", "sd" (SD 1.x, 2.x, SVD), or a new name with its own channels and factors;
+    latent_channels, scaling_factor, shift_factor: taken from the latent space where it is known;
+    encoder: "embedded" (the tiny one of the latent space), "external" (given by `with_encoder`) or "none";
+    block_out_channels, force_upcast: what pipelines read (CONTRACT 2.1); nothing of ours depends on them.
+"""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from diffusers.configuration_utils import register_to_config
+
+from .decoder import FastDecoder
+from .latent_space import KNOWN
+from .networks.efficientvit import EfficientViTNetwork, PublishedEfficientViTNetwork
+from .networks.subpixel import SubpixelNetwork
+from .networks.tae import TAENetwork
+from .networks.temporal import TAETemporalNetwork
+
+
+def _channels(space: str, given: int | None) -> int:
+    if given is None and space not in KNOWN:
+        raise ValueError(f"latent space {space!r} is not one of {', '.join(KNOWN)}, so latent_channels must be given")
+    return given if given is not None else KNOWN[space].channels
+
+
+class SubpixelDecoder(FastDecoder):
+    """Our own family: capacity at 1/8 resolution, every upsampling a convolution and a pixel shuffle (issue 9).
+
+    Args:
+        widths: channels at 1/8, 1/4 and 1/2 of the picture's resolution.
+        blocks: residual blocks at each.
+        convs: 3x3 convolutions in each block.
+    """
+
+    _no_split_modules: ClassVar = ["ResidualBlock"]
+    _repeated_blocks: ClassVar = ["ResidualBlock"]
+
+    @register_to_config
+    def __init__(
+        self,
+        widths: Sequence[int] = (192, 96, 48),
+        blocks: Sequence[int] = (8, 3, 2),
+        convs: int = 2,
+        latent_space: str = "sdxl",
+        latent_channels: int | None = None,
+        scaling_factor: float | None = None,
+        shift_factor: float | None = None,
+        encoder: str = "embedded",
+        block_out_channels: Sequence[int] | None = None,
+        force_upcast: bool = False,
+    ) -> None:
+        super().__init__()
+        self._set_up(SubpixelNetwork(_channels(latent_space, latent_channels), widths, blocks, convs))
+
+
+class TAEDecoder(FastDecoder):
+    """TAESD's layer list at one width: 192 is the paper's TAE-192 (FACTS 2), 64 is TAESD and TAESDXL.
+
+    Tensor names are those of `AutoencoderTiny`'s decoder; `fld convert` turns one into the other.
+
+    Args:
+        width: channels of every stage.
+        blocks: residual blocks at 1/8, 1/4, 1/2 and full resolution.
+        upsampling: "nearest" or "bilinear".
+    """
+
+    _no_split_modules: ClassVar = ["TAEBlock"]
+    _repeated_blocks: ClassVar = ["TAEBlock"]
+
+    @register_to_config
+    def __init__(
+        self,
+        width: int = 192,
+        blocks: Sequence[int] = (3, 3, 3, 1),
+        upsampling: str = "nearest",
+        latent_space: str = "sdxl",
+        latent_channels: int | None = None,
+        scaling_factor: float | None = None,
+        shift_factor: float | None = None,
+        encoder: str = "embedded",
+        block_out_channels: Sequence[int] | None = None,
+        force_upcast: bool = False,
+    ) -> None:
+        super().__init__()
+        self._set_up(TAENetwork(_channels(latent_space, latent_channels), width, blocks, upsampling))
+
+
+class TAETemporalDecoder(FastDecoder):
+    """TAE-Temporal: a TAE with one spatio-temporal mid block (FACTS 4), for SVD.
+
+    Frames are mixed within one `decode` call only, so SVD's `decode_chunk_size` changes the picture: leave it at its default,
+    all frames. Attention sees the whole frame, so tiles are blended, not exact. The first decode of a clip says so once.
+
+    Args:
+        width: channels of every stage, a multiple of 32.
+        blocks: residual blocks at 1/8, 1/4, 1/2 and full resolution.
+        upsampling: "nearest" or "bilinear".
+        mid_block: "upsampled" (after the first upsampling) or "latent" (at latent resolution, a sixteenth of the attention).
+        paper_exact: the published shape, whatever `blocks`, `upsampling` and `mid_block` say: (3, 2, 2, 1), bilinear, upsampled;
+            10,897,541 parameters at width 192.
+    """
+
+    _no_split_modules: ClassVar = ["TAEBlock", "TemporalMidBlock"]
+    _repeated_blocks: ClassVar = ["TAEBlock"]
+
+    @register_to_config
+    def __init__(
+        self,
+        width: int = 192,
+        blocks: Sequence[int] = (3, 3, 3, 1),
+        upsampling: str = "nearest",
+        mid_block: str = "upsampled",
+        paper_exact: bool = False,
+        latent_space: str = "sd",
+        latent_channels: int | None = None,
+        scaling_factor: float | None = None,
+        shift_factor: float | None = None,
+        encoder: str = "embedded",
+        block_out_channels: Sequence[int] | None = None,
+        force_upcast: bool = False,
+    ) -> None:
+        super().__init__()
+        if paper_exact:
+            blocks, upsampling, mid_block = (3, 2, 2, 1), "bilinear", "upsampled"
+        channels = _channels(latent_space, latent_channels)
+        self._set_up(TAETemporalNetwork(channels, width, blocks, upsampling, mid_block))
+
+
+class EfficientViTDecoder(FastDecoder):
+    """The paper's second family, with the EfficientViT blocks that its code lacks (FACTS 3).
+
+    Attention sees the whole picture, so tiles are blended, not exact.
+
+    Args:
+        widths: channels at 1/8 (EfficientViT blocks), 1/4 and 1/2 (residual blocks).
+        attention_blocks: EfficientViT blocks at 1/8.
+        residual_blocks: residual blocks at 1/4 and 1/2.
+        published: the shape that was published, whatever the other arguments say: 15 residual blocks, no attention,
+            6,223,500 parameters.
+    """
+
+    _no_split_modules: ClassVar = ["EfficientViTBlock", "ResidualBlock", "BatchNormBlock"]
+    _repeated_blocks: ClassVar = ["EfficientViTBlock", "BatchNormBlock"]
+
+    @register_to_config
+    def __init__(
+        self,
+        widths: Sequence[int] = (256, 128, 64),
+        attention_blocks: int = 9,
+        residual_blocks: Sequence[int] = (2, 1),
+        published: bool = False,
+        latent_space: str = "sdxl",
+        latent_channels: int | None = None,
+        scaling_factor: float | None = None,
+        shift_factor: float | None = None,
+        encoder: str = "embedded",
+        block_out_channels: Sequence[int] | None = None,
+        force_upcast: bool = False,
+    ) -> None:
+        super().__init__()
+        channels = _channels(latent_space, latent_channels)
+        if published:
+            self._set_up(PublishedEfficientViTNetwork(channels))
+        else:
+            self._set_up(EfficientViTNetwork(channels, widths, attention_blocks, residual_blocks))

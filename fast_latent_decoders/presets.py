@@ -1,0 +1,116 @@
+"""Presets: the decoders that have weights, by name."""
+
+import difflib
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+HUB_ORG: str | None = None  # set once the weights are on the Hub; presets then load from there when no folder has them
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A decoder with weights. Sizes are counted from its configuration."""
+
+    name: str
+    class_name: str
+    latent_space: str
+    licence: str
+    config: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def location(self) -> str | None:
+        """The folder or Hub id of the weights; None where they are not at hand."""
+        try:
+            return locate(self.name)
+        except OSError:
+            return None
+
+    @property
+    def parameters(self) -> int:
+        return _count(self.class_name, tuple(sorted(self.config.items())))[0]
+
+    @property
+    def megabytes(self) -> float:
+        """Size of the weights in float16, in 10^6 bytes."""
+        return self.parameters * 2 / 1e6
+
+    @property
+    def mac_per_pixel(self) -> float:
+        """Multiply-accumulates for each pixel of the picture, counted at 512 px."""
+        return _count(self.class_name, tuple(sorted(self.config.items())))[1]
+
+
+PRESETS = {
+    preset.name: preset
+    for preset in (
+        Preset("subpixel-sdxl", "SubpixelDecoder", "sdxl", "Apache-2.0", {"widths": (192, 96, 48), "blocks": (8, 3, 2), "convs": 2}),
+        Preset("taesdxl", "TAEDecoder", "sdxl", "MIT", {"width": 64}),
+        Preset("taesd", "TAEDecoder", "sd", "MIT", {"width": 64}),
+    )
+}
+DEFAULT = "subpixel-sdxl"
+
+
+def presets() -> dict[str, Preset]:
+    """Name -> what it is: class, latent space, parameters, MB, MAC per pixel, licence, where its weights are."""
+    return dict(PRESETS)
+
+
+def names_for(scaling_factor: float) -> list[str]:
+    """The presets of the latent space with this scaling factor."""
+    from .latent_space import KNOWN
+
+    return [name for name, preset in PRESETS.items() if abs(KNOWN[preset.latent_space].scaling_factor - scaling_factor) < 1e-6]
+
+
+def folder(name: str) -> Path:
+    """The folder of a preset or tiny encoder: in the installed package, or in the checkout it runs from.
+
+    Raises:
+        OSError: the weights are in neither; the message says where to get them.
+    """
+    package = Path(__file__).parent
+    for parent in (package, package.parent):
+        if (found := parent / "hub_cards" / name / "config.json").exists():
+            return found.parent
+    raise OSError(
+        f"the weights of {name!r} do not come with the installed package; they are in the folder hub_cards/{name} of a checkout "
+        f"of the repository: pass that folder's path, or install the checkout with pip install -e"
+    )
+
+
+def locate(name: str) -> str:
+    """What diffusers should load for `name`: a preset's folder or Hub id; anything else is a folder or Hub id already.
+
+    Raises:
+        OSError: neither a preset, nor a folder, nor of the form of a Hub id; the message names the nearest presets.
+    """
+    if name in PRESETS:
+        try:
+            return str(folder(name))
+        except OSError:
+            if HUB_ORG is None:
+                raise
+            return f"{HUB_ORG}/{name}"
+    if "/" not in name and "\\" not in name and not Path(name).exists():
+        near = difflib.get_close_matches(name, PRESETS, n=2) or list(PRESETS)
+        raise OSError(f"there is no preset or folder called {name!r}; did you mean {' or '.join(near)}? Presets: {', '.join(PRESETS)}")
+    return name
+
+
+@cache
+def _count(class_name: str, config: tuple[tuple[str, Any], ...]) -> tuple[int, float]:
+    """Parameters, and multiply-accumulates per pixel at 512 px, from a network without weights."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from .decoder import FastDecoder
+
+    with torch.device("meta"):
+        decoder = FastDecoder.families[class_name](**dict(config))
+        z = torch.empty(1, decoder.config.latent_channels, 64, 64)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            decoder.decoder(z)
+    return sum(p.numel() for p in decoder.parameters()), counter.get_total_flops() / 2 / 512**2
