@@ -3,7 +3,7 @@
 import os
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -34,7 +34,5 @@ def replacing(path: Path, *, force: bool = False) -> Iterator[Path]:
     except OSError as error:
         raise FileError(f"{path} cannot be written: {reason(error)}") from error
     finally:
-        try:
+        with suppress(OSError):  # the folder itself is unusable, and that has been said
             temporary.unlink(missing_ok=True)
-        except OSError:  # the folder itself is unusable, and that has been said
-            pass

@@ -71,7 +71,7 @@ def to_taesd(decoder: "TAEDecoder") -> dict[str, Tensor]:
         ValueError: block counts or upsampling are not TAESD's; such loaders build the network without asking.
     """
     config = decoder.config
-    blocks, upsampling = tuple(config.blocks), config.get("upsampling", "nearest")
+    blocks, upsampling = tuple(config["blocks"]), config.get("upsampling", "nearest")
     if blocks != BLOCKS or upsampling != "nearest":
         raise ValueError(
             f"TAESD's layout means blocks {BLOCKS} and nearest upsampling, this decoder has {blocks} and {upsampling}; "
@@ -98,15 +98,15 @@ def to_autoencoder_tiny(decoder: "TAEDecoder", *, encoder: nn.Module | None = No
 
     encoder = encoder or load_tiny_encoder(decoder.latent_space)
     config = decoder.config
-    tiny = AutoencoderTiny(
-        decoder_block_out_channels=(config.width,) * 4,
-        num_decoder_blocks=tuple(config.blocks),
-        latent_channels=config.latent_channels,
+    tiny: Any = AutoencoderTiny(  # diffusers hides its modules from type checkers
+        decoder_block_out_channels=(config["width"],) * 4,
+        num_decoder_blocks=tuple(config["blocks"]),
+        latent_channels=config["latent_channels"],
         upsample_fn=config.get("upsampling", "nearest"),
     )
     tiny.encoder.load_state_dict({name: tensor.float() for name, tensor in encoder.state_dict().items()})
     tiny.decoder.load_state_dict(decoder.decoder.state_dict())
-    return tiny.to(decoder.dtype).eval()
+    return nn.Module.to(tiny, decoder.dtype).eval()  # ModelMixin's own logs a warning about nothing (CONTRACT 7.11)
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -129,7 +129,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except OSError as error:
         raise FileError(f"{path} cannot be read: {reason(error)}") from error
     except Exception as error:  # what the libraries raise on broken bytes is theirs to choose
-        raise FileError(f"{path} is not a whole checkpoint of plain tensors ({reason(error)[:160]}); download it again") from error
+        said = f"{path} is not a whole checkpoint of plain tensors ({reason(error)[:160]}); download it again"
+        raise FileError(said) from error
     if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
         raise FileError(f"{path} holds a {type(loaded).__name__}; expected a state dict of tensors")
     return loaded, config

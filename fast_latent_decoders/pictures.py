@@ -50,7 +50,7 @@ def read_picture(path: str | Path, multiple: int = 8) -> Picture:
     except Image.UnidentifiedImageError as error:
         raise FileError(f"{path} is not a picture that Pillow can read; expected {', '.join(SUFFIXES)}") from error
     except Image.DecompressionBombError as error:
-        raise FileError(f"{path} is larger than {Image.MAX_IMAGE_PIXELS * 2} pixels; make it smaller") from error
+        raise FileError(f"{path} is larger than Pillow allows ({reason(error)})") from error
     except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error ... on broken bytes
         raise FileError(f"{path} cannot be read as a picture: {reason(error)}") from error
     height, width = (side // multiple * multiple for side in values.shape[:2])

@@ -28,7 +28,7 @@ def fastest_dtype(decoder: "FastDecoder", device: torch.device | str) -> torch.d
     best = dict.fromkeys(candidates, float("inf"))
     for _ in range(1 + REPEATS):  # the first round also pays for the choice of kernels
         for dtype, network in candidates.items():
-            z = torch.zeros(1, decoder.config.latent_channels, SIDE, SIDE, dtype=dtype)
+            z = torch.zeros(1, decoder.latent_space.channels, SIDE, SIDE, dtype=dtype)
             start = time.perf_counter()
             network(z)
             best[dtype] = min(best[dtype], time.perf_counter() - start)
@@ -36,4 +36,4 @@ def fastest_dtype(decoder: "FastDecoder", device: torch.device | str) -> torch.d
 
 
 def _copy(decoder: "FastDecoder", dtype: torch.dtype) -> torch.nn.Module:
-    return copy.deepcopy(decoder.decoder).to("cpu", dtype, memory_format=torch.channels_last).eval()
+    return copy.deepcopy(decoder.decoder).to("cpu", dtype).to(memory_format=torch.channels_last).eval()

@@ -1,0 +1,102 @@
+"""Decoders and devices for the commands."""
+
+from typing import TYPE_CHECKING, Literal
+
+from .run import Run, wrong_usage
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..decoder import FastDecoder
+    from ..files import Latents
+
+DeviceName = Literal["auto", "cpu", "cuda", "mps"]
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def find_device(name: DeviceName) -> str:
+    """The device called `name`; "auto" is the best there is. Wrong usage if this machine has no such device."""
+    import torch
+
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return next(device for device, available in there.items() if available)
+    if not there[name]:
+        wrong_usage(f"--device {name}: this machine has none that torch {torch.__version__} can use; try --device auto")
+    return name
+
+
+def load_decoder(name: str, device: str = "cpu", dtype: DtypeName = "float32") -> "FastDecoder":
+    """A preset, folder or Hub id, ready on `device`; wrong usage if it cannot be loaded. "auto" measures what is fastest."""
+    import torch
+    from diffusers.utils import logging
+
+    from .. import FastDecoder
+
+    logging.set_verbosity_error()  # its notes on offline caches and dtypes are not ours to print
+    try:
+        decoder = FastDecoder.from_pretrained(name, torch_dtype=torch.float32)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        wrong_usage(f"--decoder {name}: {' '.join(str(error).split()) or type(error).__name__}")
+    decoder.eval().requires_grad_(False)
+    if dtype == "auto":
+        from ..speed import fastest_dtype
+
+        chosen = fastest_dtype(decoder, device)
+    else:
+        chosen = getattr(torch, dtype)
+    return decoder.to(device, chosen).to(memory_format=torch.channels_last)
+
+
+def vae_units(run: Run, path: object, latents: "Latents", decoder: "FastDecoder", scaled: bool) -> "torch.Tensor":
+    """The latents of a file for this decoder, (N, C, h, w) in VAE units, with a note where their units are in doubt.
+
+    Raises:
+        ValueError: they belong to another latent space, or have another number of channels.
+    """
+    space = decoder.latent_space
+    if latents.latent_space not in (None, space.name):
+        raise ValueError(
+            f"{path} holds {latents.latent_space!r} latents and the decoder is for {space.name!r}; "
+            f"{fitting_presets(latents.latent_space)}"
+        )
+    channels = latents.tensor.shape[1]
+    if channels != space.channels:
+        raise ValueError(
+            f"{path} has latents of {channels} channels (shape {tuple(latents.tensor.shape)}); the decoder expects "
+            f"{space.channels}, as (N, {space.channels}, h, w)"
+        )
+    doubt = latents.doubt(space, scaled=scaled)
+    if doubt:
+        run.note(f"{path}: {doubt}")
+    return latents.in_vae_units(space, scaled=scaled)
+
+
+def fitting_presets(space: str) -> str:
+    """A clause on which presets decode the latent space `space`."""
+    from .. import presets
+
+    fitting = [name for name, preset in presets().items() if preset.latent_space == space]
+    return f"decoders that fit: {', '.join(fitting)}" if fitting else "no preset fits it"
+
+
+def run_decoder(decoder: "FastDecoder", z: "torch.Tensor") -> "torch.Tensor":
+    """(N, C, h, w) in VAE units -> (N, 3, 8h, 8w) float32 on the CPU.
+
+    Raises:
+        ValueError: memory ran out; the message says what to try.
+    """
+    import torch
+
+    try:
+        with torch.inference_mode():
+            return decoder.decode(z, return_dict=False)[0].float().cpu()
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise ValueError(OUT_OF_MEMORY) from error
+    except RuntimeError as error:
+        if "alloc" in str(error) or "out of memory" in str(error):
+            raise ValueError(OUT_OF_MEMORY) from error
+        raise
+
+
+OUT_OF_MEMORY = "memory ran out while decoding; try --tile, a smaller --batch-size or a half --dtype"
