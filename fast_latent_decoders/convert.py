@@ -116,7 +116,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if path.is_dir():
             config = json.loads((path / "config.json").read_text())
             if config.get("_class_name") != "AutoencoderTiny":
-                raise ValueError(f"{path} holds a {config.get('_class_name')}; expected an AutoencoderTiny or a TAESD file")
+                raise ValueError(f"{path} is of class {config.get('_class_name')}; expected an AutoencoderTiny or a TAESD file")
             _check_config(path, config)
             path = next((path / name for name in WEIGHTS if (path / name).exists()), path / WEIGHTS[0])
         if path.stat().st_size == 0:

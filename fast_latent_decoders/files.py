@@ -68,11 +68,13 @@ def read_latents(path: str | Path) -> Latents:
     try:
         if path.stat().st_size == 0:
             raise FileError(f"{path} is empty (0 bytes); write it again")
+        path.open("rb").close()  # from here on an OSError is the contents' fault
+    except OSError as error:
+        raise FileError(f"{path} cannot be read: {reason(error)}") from error
+    try:
         tensor, metadata, name = reader(path)
     except FileError:
         raise
-    except OSError as error:
-        raise FileError(f"{path} cannot be read: {reason(error)}") from error
     except Exception as error:  # what the libraries raise on broken bytes is theirs to choose: a dozen types were met
         raise FileError(
             f"{path} is not a whole {path.suffix} file of plain tensors ({reason(error)[:160]}); write or download it again"

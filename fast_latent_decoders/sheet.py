@@ -13,7 +13,7 @@ INK, PAPER, MARK = "black", "white", "red"
 
 
 @dataclass(frozen=True)
-class Row:
+class Compared:
     """One input: pictures are (H, W, 3) uint8 of one shape; `source` is None and `figures` empty where none is known."""
 
     name: str
@@ -30,7 +30,7 @@ class Row:
         return said if ssim is None else f"{said} / {ssim:.3f}"
 
 
-def draw_sheet(decoders: Sequence[str], inputs: Sequence[Row]) -> Image.Image:
+def draw_sheet(decoders: Sequence[str], inputs: Sequence[Compared]) -> Image.Image:
     """Inputs across; down, first the sources, then a row for each decoder, with its name and its figures."""
     column, line = 2 * BOX + 2 * GAP, BOX + LINE + GAP
     sheet = Image.new("RGB", (LABEL + len(inputs) * (column + GAP) + GAP, LINE + GAP + (len(decoders) + 1) * line), PAPER)

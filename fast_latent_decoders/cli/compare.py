@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..decoder import FastDecoder
-    from ..sheet import Row
+    from ..sheet import Compared
 
 
 def compare(
@@ -52,10 +52,10 @@ def compare(
     with Run("comparing", quiet=True) as run:
         files = inputs(collect(run, paths, (*READERS, *SUFFIXES), "latent or picture"))
         decoders = {name: load_decoder(name, place, dtype) for name in names} if files else {}
-        rows: list[Row] = []
+        rows: list[Compared] = []
         for file, source in run.over(list(files.items())):
             try:
-                rows += rows_of(run, file, source, decoders, scaled)
+                rows += list(rows_of(run, file, source, decoders, scaled))  # all of a file's, or none
             except (ValueError, RuntimeError) as error:
                 run.fail(file, " ".join(str(error).split()))
         if rows and out.exists() and not force:
@@ -95,11 +95,11 @@ def inputs(files: Sequence[Path]) -> dict[Path, Path | None]:
 
 def rows_of(
     run: Run, file: Path, source_file: Path | None, decoders: dict[str, "FastDecoder"], scaled: bool
-) -> Iterator["Row"]:
+) -> Iterator["Compared"]:
     """One row for each latent of `file`, or for the picture."""
     from ..files import READERS, read_latents
     from ..pictures import read_picture, to_bytes
-    from ..sheet import Row
+    from ..sheet import Compared
 
     picture: Tensor | None = None
     latents = read_latents(file) if file.suffix.lower() in READERS else None
@@ -118,11 +118,11 @@ def rows_of(
         else:
             z = vae_units(run, file, latents, decoder, scaled)
         decoded[name] = run_decoder(decoder, z)
-    count = len(next(iter(decoded.values())))
-    if source is not None and count > 1:
-        run.note(f"{file} holds {count} latents, so {source_file} is not taken for their source")
+    number = len(next(iter(decoded.values())))
+    if source is not None and number > 1:
+        run.note(f"{file} holds {number} latents, so {source_file} is not taken for their source")
         source = None
-    for i in range(count):
+    for i in range(number):
         pictures = {name: to_bytes(batch[i]) for name, batch in decoded.items()}
         shape = next(iter(pictures.values())).shape
         if source is not None and source.shape != shape:
@@ -132,7 +132,7 @@ def rows_of(
             )
             source = None
         row_figures = {name: figures(run, source, made) for name, made in pictures.items()} if source is not None else {}
-        yield Row(file.stem if count == 1 else f"{file.stem}-{i}", source, pictures, row_figures)
+        yield Compared(file.stem if number == 1 else f"{file.stem}-{i}", source, pictures, row_figures)
 
 
 def figures(run: Run, source: "np.ndarray", made: "np.ndarray") -> dict[str, float | None]:
@@ -153,7 +153,7 @@ def figures(run: Run, source: "np.ndarray", made: "np.ndarray") -> dict[str, flo
     return {"psnr": psnr, "ssim": ssim}
 
 
-def figures_table(names: Sequence[str], rows: Sequence["Row"]) -> Table:
+def figures_table(names: Sequence[str], rows: Sequence["Compared"]) -> Table:
     """Pictures down, decoders across, the mean last."""
     table = Table("PSNR dB / SSIM")
     for name in names:
@@ -167,6 +167,6 @@ def figures_table(names: Sequence[str], rows: Sequence["Row"]) -> Table:
     return table
 
 
-def mean(rows: Sequence["Row"], name: str, figure: str, digits: int) -> str:
+def mean(rows: Sequence["Compared"], name: str, figure: str, digits: int) -> str:
     values = [value for row in rows if (value := row.figures[name][figure]) is not None]
     return f"{sum(values) / len(values):.{digits}f}" if values else "-"

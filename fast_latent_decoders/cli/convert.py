@@ -34,27 +34,19 @@ def convert(
     if there.exists() and not force:
         typer.echo(f"{there} is already there; --force replaces it")
         return
-    from ..convert import to_autoencoder_tiny, to_taesd
-
     try:
         decoder = read(source, latent_space)
-        if to == "taesd":
-            from safetensors.torch import save
-
-            from ..atomic import replacing
-
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(target, force=force) as temporary:
-                temporary.write_bytes(save(to_taesd(decoder)))
-        else:
-            write_folder(decoder if to == "ours" else to_autoencoder_tiny(decoder), target)
-    except OSError as error:
-        typer.echo(f"{target} cannot be written: {error.strerror or error}", err=True)
-        raise typer.Exit(1) from error
-    except typer.Exit:  # wrong usage; a RuntimeError too, by click's descent
+    except typer.Exit:  # wrong usage; it is a RuntimeError
         raise
-    except (ValueError, RuntimeError) as error:
-        typer.echo(" ".join(str(error).split()), err=True)
+    except Exception as error:  # broken checkpoints make diffusers and safetensors raise what they like
+        said = " ".join(str(error).split()) or type(error).__name__
+        typer.echo(said if str(source) in said else f"{source} cannot be read: {said}", err=True)
+        raise typer.Exit(1) from error
+    try:
+        write(decoder, target, to, force)
+    except (OSError, ValueError, RuntimeError) as error:
+        said = " ".join(str(error).split())
+        typer.echo(said if str(target) in said else f"{target} was not written: {said}", err=True)
         raise typer.Exit(1) from error
     typer.echo(f"{source} -> {target} ({to}, {decoder.latent_space.name})")
 
@@ -63,9 +55,12 @@ def read(source: Path, latent_space: str | None) -> "TAEDecoder":
     """The decoder in `source`: ours as it is, anything else converted."""
     import json
 
+    from diffusers.utils import logging
+
     from .. import FastDecoder, TAEDecoder, presets
     from ..convert import from_taesd
 
+    logging.set_verbosity_error()
     config = source / "config.json"
     ours = str(source) in presets()
     if not ours and config.exists():
@@ -85,6 +80,24 @@ def read(source: Path, latent_space: str | None) -> "TAEDecoder":
     decoder = TAEDecoder(**settings)
     decoder.load_state_dict(state, strict=True)
     return decoder.eval()
+
+
+def write(decoder: "TAEDecoder", target: Path, to: str, force: bool) -> None:
+    """Write the decoder in the form `to`."""
+    from ..convert import to_autoencoder_tiny, to_taesd
+
+    if to == "ours":
+        write_folder(decoder, target)
+    elif to == "autoencoder-tiny":
+        write_folder(to_autoencoder_tiny(decoder), target)
+    else:
+        from safetensors.torch import save
+
+        from ..atomic import replacing
+
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(target, force=force) as temporary:
+            temporary.write_bytes(save(to_taesd(decoder)))
 
 
 def write_folder(model: Any, folder: Path) -> None:

@@ -1,6 +1,7 @@
 """`fld list`: the decoders that have weights."""
 
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -35,7 +36,13 @@ def list_presets(as_json: Annotated[bool, typer.Option("--json", help="Print JSO
         table.add_column(title, justify="right")
     for row in rows:
         table.add_row(
-            *(row["name"], row["latent_space"], row["class"], row["licence"], "here" if row["location"] else "not here"),
+            *(row["name"], row["latent_space"], row["class"], row["licence"], place(row["location"])),
             *(f"{row['parameters'] / 1e6:.2f} M", f"{row['megabytes']:.1f}", f"{row['mac_per_pixel'] / 1e3:.0f} K"),
         )
     table_console().print(table)
+
+
+def place(location: str | None) -> str:
+    if location is None:
+        return "not here"
+    return "here" if Path(location).is_dir() else location
