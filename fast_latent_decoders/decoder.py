@@ -233,9 +233,10 @@ class FastDecoder(ModelMixin, AutoencoderMixin, ConfigMixin):
             key: (getattr(mine, key), getattr(theirs, key)) for key in ("channels", "scaling_factor", "shift_factor", "spatial_factor")
         }
         wrong = {key: pair for key, pair in facts.items() if abs(pair[0] - pair[1]) > 1e-6}
-        if getattr(config, "latents_mean", None) is not None or wrong:
+        has_mean = getattr(config, "latents_mean", None) is not None  # a pipeline would shift and scale by it, per channel
+        if has_mean or wrong:
             told = "; ".join(f"{key} {theirs} where this decoder has {mine}" for key, (mine, theirs) in wrong.items())
-            fitting = presets.names_for(theirs.scaling_factor)
+            fitting = [] if has_mean else presets.names_for(theirs)
             raise ValueError(
                 f"this {type(vae).__name__} has another latent space than {mine.name!r}: {told or 'its own latents_mean'}. "
                 + (f"Presets that fit it: {', '.join(fitting)}" if fitting else "No preset fits it")

@@ -2,16 +2,15 @@
 
 import os
 from dataclasses import dataclass
-from types import MethodType
+from functools import partial
 from typing import Any
 
-import torch
 from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
-from diffusers.utils.accelerate_utils import apply_forward_hook
-from torch import Tensor, nn
+from torch import nn
 
 from .decoder import FastDecoder
-from .socket import DecoderSocket, unplug
+from .encoder import encode_in_float32
+from .socket import DecoderSocket, follow, unplug
 
 
 @dataclass
@@ -43,7 +42,8 @@ def swap_decoder(pipe: Any, decoder: str | os.PathLike[str] | FastDecoder, *, ke
     socket = decoder.inside(vae)
     swapped: _Swapped | None = getattr(vae, "_swapped", None)
     if swapped is None:
-        swapped = _Swapped(vae.decoder if keep else None, bool(getattr(vae.config, "force_upcast", False)))
+        original = vae.decoder if keep and not isinstance(vae.decoder, DecoderSocket) else None
+        swapped = _Swapped(original, bool(getattr(vae.config, "force_upcast", False)))
     vae._swapped = swapped
     if swapped.original is not None and next(swapped.original.parameters()).device.type not in ("cpu", "meta"):
         swapped.original.to("cpu")
@@ -52,7 +52,7 @@ def swap_decoder(pipe: Any, decoder: str | os.PathLike[str] | FastDecoder, *, ke
     if swapped.force_upcast:
         # Decoding needs no float32 any more, encoding still does (CONTRACT 4.4). Assigning to config would not be saved (2.7).
         vae.register_to_config(force_upcast=False)
-        vae.encode = MethodType(_encode_in_float32, vae)
+        vae.encode = partial(encode_in_float32, vae)
 
 
 def restore_decoder(pipe: Any, original: nn.Module | None = None) -> None:
@@ -68,8 +68,8 @@ def restore_decoder(pipe: Any, original: nn.Module | None = None) -> None:
     decoder = getattr(original, "decoder", original) if original is not None else swapped and swapped.original
     if decoder is None:
         raise ValueError("the original decoder was not kept: call swap_decoder(..., keep=True), or restore_decoder(pipe, original=vae)")
-    if next(decoder.parameters()).device.type != "meta" and vae.device.type != "meta":
-        decoder.to(device=vae.device, dtype=vae.dtype)
+    if next(decoder.parameters()).device.type != "meta":  # else it was taken out under sequential offload, and has its hooks
+        follow(decoder, vae)
     _replace(vae, decoder)
     unplug(vae)
     if swapped is not None:
@@ -83,19 +83,3 @@ def _replace(vae: nn.Module, decoder: nn.Module) -> None:
     # Group offloading remembers modules by reference (it would keep the old decoder alive and leave the new one out);
     # the hooks of model offload sit on the VAE itself, those of sequential offload came with `inside`.
     _maybe_remove_and_reapply_group_offloading(vae)
-
-
-@apply_forward_hook
-def _encode_in_float32(self: Any, x: Tensor, return_dict: bool = True) -> Any:
-    """The VAE's encode with encoder and quant_conv in float32, which float16 overflows in (CONTRACT 4.4)."""
-    parts = [part for part in (self.encoder, getattr(self, "quant_conv", None)) if part is not None]
-    dtype = self.dtype
-    if dtype != torch.float16:
-        return type(self).encode(self, x.to(dtype), return_dict=return_dict)
-    try:
-        for part in parts:
-            part.to(torch.float32)
-        return type(self).encode(self, x.float(), return_dict=return_dict)
-    finally:
-        for part in parts:
-            part.to(dtype)

@@ -1,10 +1,12 @@
 """Presets: the decoders that have weights, by name."""
 
 import difflib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from .latent_space import KNOWN, LatentSpace
 
 HUB_ORG: str | None = None  # set once the weights are on the Hub; presets then load from there when no folder has them
 
@@ -58,11 +60,9 @@ def presets() -> dict[str, Preset]:
     return dict(PRESETS)
 
 
-def names_for(scaling_factor: float) -> list[str]:
-    """The presets of the latent space with this scaling factor."""
-    from .latent_space import KNOWN
-
-    return [name for name, preset in PRESETS.items() if abs(KNOWN[preset.latent_space].scaling_factor - scaling_factor) < 1e-6]
+def names_for(space: LatentSpace) -> list[str]:
+    """The presets for this latent space, whatever it is called."""
+    return [name for name, preset in PRESETS.items() if replace(KNOWN[preset.latent_space], name=space.name) == space]
 
 
 def folder(name: str) -> Path:

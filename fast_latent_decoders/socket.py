@@ -1,15 +1,21 @@
 """Socket B: a decoder in the place of `vae.decoder`, inside AutoencoderKL or AutoencoderKLTemporalDecoder."""
 
-from types import MethodType
+import inspect
+from functools import partial
 from typing import Any
 
 import torch
+from diffusers import ModelMixin
 from diffusers.models.autoencoders.vae import DecoderOutput
+from diffusers.models.modeling_utils import get_parameter_dtype
 from torch import Tensor, nn
 
 from .latent_space import LatentSpace
 from .networks.blocks import BlockNetwork
 from .tiling import decode_tiled
+
+# Methods that a VAE has of its own while a socket is in it.
+GUARDED = ("save_pretrained", "tiled_decode", "enable_tiling", "disable_tiling", "encode")
 
 
 class DecoderSocket(nn.Module):
@@ -37,13 +43,10 @@ class DecoderSocket(nn.Module):
         # Products and a sum, not a convolution: autocast and TF32 leave these in float32.
         z = z.float().to(self.matrix.device)
         scaled = (z[:, None] * self.matrix[:, :, None, None]).sum(2) + self.offset[:, None, None]
-        scaled = scaled.to(self._dtype())
+        scaled = scaled.to(get_parameter_dtype(self.network))  # under layerwise casting not the parameters' own (CONTRACT 7.8)
         if self.use_tiling:
             return decode_tiled(self.network, scaled, num_frames, self.tile_size)
         return self.network(scaled, num_frames)
-
-    def _dtype(self) -> torch.dtype:
-        return next(self.network.parameters()).dtype
 
     def _apply(self, fn: Any, recurse: bool = True) -> "DecoderSocket":
         matrix, offset = self.matrix, self.offset
@@ -92,26 +95,31 @@ def plug(socket: DecoderSocket, vae: nn.Module) -> DecoderSocket:
     The guards are methods of this one VAE and ask at each call whether a socket is in place, so that they do no harm
     before it is assigned and after it is taken out.
     """
-    device = vae.device
-    execution_device = _sequential_device(vae)
-    socket.to(device="cpu" if device.type == "meta" else device, dtype=vae.dtype)
     socket.train(vae.training)
     socket.requires_grad_(next(vae.parameters()).requires_grad)
-    if execution_device is not None:
-        from accelerate import cpu_offload
-
-        cpu_offload(socket, execution_device, offload_buffers=True)
+    follow(socket, vae)
     for guard in (_save_pretrained, _tiled_decode, _enable_tiling, _disable_tiling):
         name = guard.__name__.removeprefix("_")
         if hasattr(type(vae), name):
-            setattr(vae, name, MethodType(guard, vae))
+            setattr(vae, name, partial(guard, vae))  # unlike a bound method, this can be pickled with the VAE
     return socket
 
 
 def unplug(vae: nn.Module) -> None:
     """Give the VAE its class's own methods back."""
-    for name in ("save_pretrained", "tiled_decode", "enable_tiling", "disable_tiling", "encode"):
+    for name in GUARDED:
         vae.__dict__.pop(name, None)
+
+
+def follow(decoder: nn.Module, vae: nn.Module) -> None:
+    """Give `decoder` the VAE's device and dtype; under sequential offload, hooks like those of the VAE's other parts."""
+    device = vae.device
+    decoder.to(device="cpu" if device.type == "meta" else device, dtype=vae.dtype)
+    execution_device = _sequential_device(vae)
+    if execution_device is not None:
+        from accelerate import cpu_offload
+
+        cpu_offload(decoder, execution_device, offload_buffers=True)
 
 
 def _sequential_device(vae: nn.Module) -> torch.device | None:
@@ -124,14 +132,18 @@ def _sequential_device(vae: nn.Module) -> torch.device | None:
 
 
 def _save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
-    if isinstance(self.decoder, DecoderSocket):
-        # Saved, it would reload as the original class with missing or random decoder weights (CONTRACT 4.6).
-        raise RuntimeError(
-            f"this {type(self).__name__} decodes with {self.decoder.family}, which its format cannot hold: it would reload with "
-            "another decoder. Call restore_decoder(pipe) first, or use the whole fast VAE, which can be saved: "
-            "pipe.vae = FastDecoder.from_pretrained(...)"
-        )
-    return type(self).save_pretrained(self, *args, **kwargs)
+    if not isinstance(self.decoder, DecoderSocket):
+        return type(self).save_pretrained(self, *args, **kwargs)
+    # Saved, it would reload as the original class with missing or random decoder weights (CONTRACT 4.6).
+    raise RuntimeError(
+        f"this {type(self).__name__} decodes with {self.decoder.family}, which its format cannot hold: it would reload with "
+        "another decoder. Call restore_decoder(pipe) first, or use the whole fast VAE, which can be saved: "
+        "pipe.vae = FastDecoder.from_pretrained(...)"
+    )
+
+
+# Pipelines look into the signature for what they may pass on: variant, safe_serialization, max_shard_size.
+_save_pretrained.__signature__ = inspect.signature(ModelMixin.save_pretrained)  # type: ignore[attr-defined]
 
 
 def _tiled_decode(self: Any, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
@@ -149,7 +161,7 @@ def _tiled_decode(self: Any, z: Tensor, return_dict: bool = True) -> DecoderOutp
 def _enable_tiling(self: Any, *args: Any, **kwargs: Any) -> None:
     if isinstance(self.decoder, DecoderSocket):
         self.decoder.use_tiling = True
-        if not hasattr(self, "use_tiling"):  # SVD's VAE has no tiles of its own
+        if not hasattr(self, "use_tiling"):  # SVD's VAE has no tiles of its own, and shall not seem to once restored
             return
     type(self).enable_tiling(self, *args, **kwargs)
 
@@ -157,4 +169,6 @@ def _enable_tiling(self: Any, *args: Any, **kwargs: Any) -> None:
 def _disable_tiling(self: Any) -> None:
     if isinstance(self.decoder, DecoderSocket):
         self.decoder.use_tiling = False
+        if not hasattr(self, "use_tiling"):
+            return
     type(self).disable_tiling(self)

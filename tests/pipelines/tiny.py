@@ -100,7 +100,7 @@ def kl(space: str = "sdxl", dtype: torch.dtype = torch.float32, **config: Any) -
             **config,
         }
     )
-    if vae.config.latent_channels == 4:
+    if vae.config.latent_channels == 4 and vae.post_quant_conv is not None:
         with torch.no_grad():
             vae.post_quant_conv.weight.copy_(POST_QUANT[:, :, None, None])
             vae.post_quant_conv.bias.copy_(POST_QUANT_BIAS)
