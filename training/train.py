@@ -16,16 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from torch import Tensor
-from tqdm import tqdm
-
-import fast_latent_decoders
-
-sys.path.insert(0, str(Path(__file__).parent))
 from data import load_pictures, random_crop
 from latents import StandInEncoder
 from losses import ShiftTolerantLPIPS, SqueezeNetFeatures
-from validate import TinyDecoder, measure
+from torch import Tensor
+from tqdm import tqdm
+from validate import measure
+
+from fast_latent_decoders import FastDecoder
 
 # ---------------------------------------------------------------- knobs
 
@@ -38,7 +36,7 @@ class Config:
     val_pictures: list[str]
     encoder: str  # stand-in encoder, TAESD layout
     squeezenet: str
-    baseline: str | None = None  # decoder to compare with while training, TAESD layout
+    baseline: str | None = None  # preset to compare with
     colour_table: str | None = None
     colours: str | None = None
     seed: int = 0
@@ -183,7 +181,7 @@ def main() -> None:
     encoder = StandInEncoder(Path(c.encoder), *(Path(p) if p else None for p in (c.colour_table, c.colours)))
 
     arguments = dict(c.decoder)
-    model = getattr(fast_latent_decoders, arguments.pop("_class_name"))(**arguments)
+    model = FastDecoder.families[arguments.pop("_class_name")](**arguments)
     network = model.decoder.to(memory_format=torch.channels_last).train()
     ema = {key: value.clone() for key, value in network.state_dict().items()}
     autocast = bfloat16_is_faster(network, model.config.latent_channels)
@@ -207,7 +205,7 @@ def main() -> None:
         trained = {key: value.clone() for key, value in network.state_dict().items()}
         network.load_state_dict(ema)
         encoder.redraw(None)
-        found = measure(network.eval(), encoder, val, share=0.5, stlpips=stlpips, autocast=autocast)
+        found = measure(network.eval(), encoder, val, share=0.5, stlpips=stlpips)
         network.train().load_state_dict(trained)
         return found
 
@@ -215,7 +213,7 @@ def main() -> None:
     log.write(json.dumps({"config": asdict(c), "step": step, "autocast": autocast}) + "\n")
     if c.baseline and step == 0:
         encoder.redraw(None)
-        found = measure(TinyDecoder(Path(c.baseline)), encoder, val, share=0.5, stlpips=stlpips, autocast=False)
+        found = measure(FastDecoder.from_pretrained(c.baseline).decoder, encoder, val, share=0.5, stlpips=stlpips)
         log.write(json.dumps({"baseline": found}) + "\n")
         print("baseline", found)
 
