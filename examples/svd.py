@@ -1,0 +1,33 @@
+"""Image to video with Stable Video Diffusion and a fast decoder inside its VAE: python examples/svd.py photo.jpg"""
+
+import torch
+import typer
+from diffusers import StableVideoDiffusionPipeline
+from diffusers.utils import load_image
+
+from fast_latent_decoders import swap_decoder
+
+
+def main(
+    image: str,
+    model: str = "stabilityai/stable-video-diffusion-img2vid-xt",
+    decoder: str = "taesd",
+    frames: int = 25,
+    steps: int = 25,
+    width: int = 1024,
+    height: int = 576,
+    out: str = "svd.webp",
+) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.float16 if device == "cuda" else torch.float32
+    pipe = StableVideoDiffusionPipeline.from_pretrained(model, torch_dtype=dtype).to(device)
+    swap_decoder(pipe, decoder)
+    picture = load_image(image).resize((width, height))
+    result = pipe(picture, width=width, height=height, num_frames=frames, num_inference_steps=steps)
+    first, *others = result.frames[0]
+    first.save(out, save_all=True, append_images=others, duration=140, loop=0)
+    print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
