@@ -53,8 +53,10 @@ def load_framewise(network: TAETemporalNetwork, state_dict: Mapping[str, Tensor]
     mid_block = {name: tensor for name, tensor in network.state_dict().items() if name.startswith(f"layers.{position}.")}
     framewise = {}
     for name, tensor in state_dict.items():
-        prefix, index, rest = name.split(".", 2)
-        framewise[f"{prefix}.{int(index) + (int(index) >= position)}.{rest}"] = tensor
+        index = name.removeprefix("layers.").split(".")[0]
+        if index.isdigit() and int(index) >= position:
+            name = name.replace(index, str(int(index) + 1), 1)
+        framewise[name] = tensor
     network.load_state_dict({**mid_block, **framewise})
 
 
@@ -87,7 +89,8 @@ class TemporalMidBlock(nn.Module):
 class SpatioTemporalBlock(nn.Module):
     """A residual block in each frame, then one over time, whose residual counts sigmoid(mix): half at first.
 
-    The last convolution of either starts at zero, so a new block is the identity.
+    The last convolution of either starts at zero, so a new block is the identity. Convolutions over time are 2-D, over frames
+    and positions: diffusers' Conv3d would make `.to(memory_format=torch.channels_last)` fail, and is slow on a CPU.
     """
 
     def __init__(self, width: int) -> None:
@@ -103,17 +106,17 @@ class SpatioTemporalBlock(nn.Module):
         self.over_time = nn.Sequential(
             nn.GroupNorm(32, width, eps=1e-5),
             nn.SiLU(),
-            nn.Conv3d(width, width, (3, 1, 1), padding=(1, 0, 0)),
+            nn.Conv2d(width, width, (3, 1), padding=(1, 0)),
             nn.GroupNorm(32, width, eps=1e-5),
             nn.SiLU(),
-            zero_init(nn.Conv3d(width, width, (3, 1, 1), padding=(1, 0, 0))),
+            zero_init(nn.Conv2d(width, width, (3, 1), padding=(1, 0))),
         )
         self.mix = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor, frames: int) -> Tensor:
         x = x + self.spatial(x)
-        clips = x.unflatten(0, (-1, frames)).transpose(1, 2)  # (clips, C, frames, h, w)
-        residual = self.over_time(clips).transpose(1, 2).flatten(0, 1)
+        clips = x.unflatten(0, (-1, frames)).transpose(1, 2).flatten(3)  # (clips, C, frames, h*w)
+        residual = self.over_time(clips).transpose(1, 2).reshape(x.shape)
         # Blending x with x + residual is adding a share of the residual.
         return x + torch.sigmoid(self.mix).to(x.dtype) * residual
 
