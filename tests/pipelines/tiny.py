@@ -198,7 +198,8 @@ def sd(dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline:
     return _quiet(pipe.to(dtype))
 
 
-def svd(dtype: torch.dtype = torch.float32) -> StableVideoDiffusionPipeline:
+def svd(dtype: torch.dtype = torch.float32, image_size: int = SIZE) -> StableVideoDiffusionPipeline:
+    """`image_size` is what the image encoder takes: tensors must come so, pictures are resized to 224 by the pipeline."""
     torch.manual_seed(5)
     unet = UNetSpatioTemporalConditionModel(
         block_out_channels=(32, 64), layers_per_block=1, sample_size=LATENT, num_attention_heads=(2, 4), cross_attention_dim=32,
@@ -207,14 +208,14 @@ def svd(dtype: torch.dtype = torch.float32) -> StableVideoDiffusionPipeline:
         projection_class_embeddings_input_dim=96,
     )  # fmt: skip
     vision = CLIPVisionConfig(
-        hidden_size=32, projection_dim=32, num_hidden_layers=2, num_attention_heads=4, image_size=SIZE, intermediate_size=37, patch_size=16
+        hidden_size=32, projection_dim=32, num_hidden_layers=2, num_attention_heads=4, image_size=image_size, intermediate_size=37, patch_size=16
     )
     pipe = StableVideoDiffusionPipeline(
         vae=temporal_kl(),
         image_encoder=CLIPVisionModelWithProjection(vision).eval(),
         unet=unet,
         scheduler=EulerDiscreteScheduler(prediction_type="v_prediction", use_karras_sigmas=True),
-        feature_extractor=CLIPImageProcessor(crop_size=SIZE, size={"shortest_edge": SIZE}),
+        feature_extractor=CLIPImageProcessor(crop_size=image_size, size={"shortest_edge": image_size}),
     )
     return _quiet(pipe.to(dtype))
 

@@ -1,0 +1,65 @@
+"""The scripts of examples/ run as they stand, on tiny random pipelines."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .pipelines import tiny
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    tiny.sdxl().save_pretrained(folder / "sdxl")
+    tiny.svd(image_size=224).save_pretrained(folder / "svd")
+    tiny.decoder("subpixel", "sdxl").save_pretrained(folder / "decoder")
+    tiny.picture().save(folder / "photo.png")
+    return folder
+
+
+def run(name: str, folder: Path, *arguments: str) -> str:
+    command = [sys.executable, str(ROOT / "examples" / name), *arguments]
+    done = subprocess.run(command, check=False, cwd=folder, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def small(models: Path, steps: int = 2) -> list[str]:
+    return ["--model", str(models / "sdxl"), "--decoder", str(models / "decoder"), "--steps", str(steps), "--size", "64"]
+
+
+def test_sdxl(models: Path, tmp_path: Path) -> None:
+    run("sdxl.py", tmp_path, *small(models))
+    assert (tmp_path / "sdxl.png").exists()
+
+
+def test_image_to_image(models: Path, tmp_path: Path) -> None:
+    run("image_to_image.py", tmp_path, str(models / "photo.png"), *small(models, steps=4))
+    assert (tmp_path / "image_to_image.png").exists()
+
+
+def test_svd(models: Path, tmp_path: Path) -> None:
+    size = ["--width", "64", "--height", "64", "--frames", "2", "--steps", "1"]
+    run("svd.py", tmp_path, str(models / "photo.png"), "--model", str(models / "svd"), *size)
+    assert (tmp_path / "svd.webp").exists()
+
+
+def test_swap_by_hand(models: Path, tmp_path: Path) -> None:
+    run("swap_by_hand.py", tmp_path, *small(models))
+    assert {path.name for path in tmp_path.iterdir()} == {"swapped-original.png", "swapped-fast.png"}
+
+
+def test_push_to_hub_local(models: Path, tmp_path: Path) -> None:
+    said = run("push_to_hub.py", tmp_path, str(models / "decoder"), "mine", "--local")
+    assert "FastDecoder.from_pretrained('mine')" in said
+    assert (tmp_path / "mine" / "diffusion_pytorch_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
+def test_scripts_are_short(path: Path) -> None:
+    assert len(path.read_text().splitlines()) < 40
