@@ -183,7 +183,7 @@ def test_out_of_memory_says_what_to_try(tmp_path: Path, decoder: str, latents: P
     ("words", "expected"),
     [
         (["--decoder", "subpixel-sdx"], "subpixel-sdxl"),
-        (["--decoder", "/nowhere/at/all"], "--decoder /nowhere/at/all"),
+        (["--decoder", "/nowhere/at/all"], "--decoder /nowhere/at/all: there is no such folder"),
         (["--device", "quantum"], "quantum"),
         (["--batch-size", "0"], "batch-size"),
         (["--format", "bmp"], "bmp"),

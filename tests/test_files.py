@@ -277,3 +277,9 @@ def test_what_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(FileError, match="cannot be written"):
         write_picture(tmp_path / "a.webp", torch.zeros(3, 8, 16400))
     assert not list(tmp_path.iterdir())
+
+
+def test_flat_pictures_raise_no_doubt() -> None:
+    flat = torch.tensor([-0.4, 0.6, 0.5, -0.4])[:, None, None].expand(1, 4, 8, 8)  # scaled; no spread within a channel
+    assert Latents(flat / SDXL.scaling_factor).doubt(SDXL) is None
+    assert Latents(torch.zeros(1, 4, 8, 8)).doubt(SDXL) is None

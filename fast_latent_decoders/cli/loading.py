@@ -1,5 +1,6 @@
 """Decoders and devices for the commands."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from .run import Run, wrong_usage
@@ -28,6 +29,8 @@ def find_device(name: DeviceName) -> str:
 
 def load_decoder(name: str, device: str = "cpu", dtype: DtypeName = "float32") -> "FastDecoder":
     """A preset, folder or Hub id, ready on `device`; wrong usage if it cannot be loaded. "auto" measures what is fastest."""
+    if (name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name) and not Path(name).exists():
+        wrong_usage(f"--decoder {name}: there is no such folder")  # said here, before the Hub is asked for it five times
     import torch
     from diffusers.utils import logging
 
