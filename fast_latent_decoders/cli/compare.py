@@ -31,9 +31,7 @@ def compare(
     out: Annotated[Path, typer.Option(help="The sheet: .png, .jpg or .webp.")] = Path("compare.png"),
     dtype: Annotated[DtypeName, typer.Option(help="Number format of all decoders.")] = "float32",
     device: Annotated[DeviceName, typer.Option(help="Where to decode.")] = "auto",
-    scaled: Annotated[
-        bool, typer.Option("--scaled", help="Latents that do not say so are scaled, not in VAE units.")
-    ] = False,
+    scaled: Annotated[bool, typer.Option("--scaled", help="Latents that do not say so are scaled, not in VAE units.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a sheet that is already there.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
