@@ -17,8 +17,8 @@ from fast_latent_decoders.networks.temporal import TAETemporalNetwork, TemporalM
 SMALL = {
     "tae": lambda channels=4: TAENetwork(channels, 16, (1, 1, 1, 1)),
     "tae bilinear": lambda channels=4: TAENetwork(channels, 16, (1, 1, 1, 1), "bilinear"),
-    "temporal": lambda channels=4: TAETemporalNetwork(channels, 32, (1, 1, 1, 1)),
-    "temporal latent": lambda channels=4: TAETemporalNetwork(channels, 32, (1, 1, 1, 1), mid_block="latent"),
+    "temporal": lambda channels=4: TAETemporalNetwork(channels, 64, (1, 1, 1, 1)),
+    "temporal latent": lambda channels=4: TAETemporalNetwork(channels, 64, (1, 1, 1, 1), mid_block="latent"),
     "efficientvit": lambda channels=4: EfficientViTNetwork(channels, (32, 16, 8), 2, (1, 1)),
     "published efficientvit": PublishedEfficientViTNetwork,
     "subpixel": lambda channels=4: SubpixelNetwork(channels, (16, 16, 8), (1, 1, 1), 2),
@@ -109,12 +109,18 @@ def test_compiles_as_one_graph(name):
 
 
 @small
-def test_trains_under_autocast(name):
-    network = build(name).train()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        pictures = network(torch.randn(2, 4, 4, 4), num_frames=2)
-    pictures.float().square().mean().backward()
-    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in network.parameters())
+def test_gradients_under_autocast_point_the_same_way(name):
+    # On one x86 processor a bfloat16 Conv3d had NaN gradients: finite is not to be taken for granted.
+    network, z = build(name), torch.randn(2, 4, 4, 4)
+
+    def gradient(autocast: bool) -> torch.Tensor:
+        network.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            pictures = network(z, num_frames=2)
+        pictures.float().square().mean().backward()
+        return torch.cat([parameter.grad.flatten() for parameter in network.parameters()])
+
+    assert torch.cosine_similarity(gradient(True), gradient(False), dim=0) > 0.99
 
 
 @pytest.mark.parametrize(
