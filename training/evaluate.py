@@ -133,8 +133,8 @@ def main() -> None:
     config = read_config(arguments.config, [])
     pictures = load_pictures(expand(config.val_pictures))
     pictures = pictures[:: max(1, len(pictures) // arguments.count)][: arguments.count]
-    encoder = StandInEncoder(Path(config.encoder), *(Path(p) if p else None for p in (config.colour_table, config.colours)))
     decoders = {name: FastDecoder.from_pretrained(name).eval() for name in arguments.decoders}
+    encoder = StandInEncoder(next(iter(decoders.values())).latent_space, config.colour_table, config.colours)
 
     times = speed(decoders)
     for decoder in decoders.values():

@@ -5,25 +5,22 @@ its stored weights were rounded to float8, so they are drawn anew inside the rou
 so a share of a colour table is added; and real flat colours are known, so their latents are used with texture transplanted.
 """
 
-from pathlib import Path
 
 import torch
-from diffusers.models.autoencoders.vae import EncoderTiny
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
+
+from fast_latent_decoders import LatentSpace
+from fast_latent_decoders.encoder import load_tiny_encoder
 
 
 class StandInEncoder:
     """TAESD's or TAESDXL's encoder, pictures (N, 3, H, W) in [-1, 1] to scaled latents (N, C, H/8, W/8)."""
 
-    def __init__(self, weights: Path, colour_table: Path | None = None, colours: Path | None = None) -> None:
-        stored = {f"layers.{key}": value.float() for key, value in load_file(weights).items()}
-        channels = stored["layers.14.weight"].shape[0]
-        self.network = EncoderTiny(3, channels, num_blocks=(1, 3, 3, 3), block_out_channels=(64,) * 4, act_fn="relu")
-        self.network.load_state_dict(stored)
-        self.network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-        self.stored = stored
+    def __init__(self, space: LatentSpace, colour_table: str | None = None, colours: str | None = None) -> None:
+        self.network = load_tiny_encoder(space).float().to(memory_format=torch.channels_last)
+        self.stored = {key: value.clone() for key, value in self.network.state_dict().items()}
         self.table = load_file(colour_table)["delta"] if colour_table else None
         self.colours = load_file(colours) if colours else None
 

@@ -5,7 +5,6 @@ Reads from top to bottom: knobs, data, model, optimiser, loop. A run that is sto
 
 import json
 import math
-import random
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
@@ -19,7 +18,7 @@ import yaml
 from data import load_pictures, random_crop
 from latents import StandInEncoder
 from losses import ShiftTolerantLPIPS, SqueezeNetFeatures
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from validate import measure
 
@@ -34,8 +33,7 @@ class Config:
     out: str  # folder of checkpoints, log and the finished model
     pictures: list[str]  # patterns of WebDataset shards
     val_pictures: list[str]
-    encoder: str  # stand-in encoder, TAESD layout
-    squeezenet: str
+    squeezenet: str | None = None  # weights of SqueezeNet 1.1
     baseline: str | None = None  # preset to compare with
     colour_table: str | None = None
     colours: str | None = None
@@ -56,7 +54,7 @@ class Config:
     l1: float = 1.0
     squeeze: float = 0.3
     stlpips: float = 0.3
-    perceptual_px: list[float] = field(default_factory=lambda: [0.5, 0.25])  # share of a batch that SqueezeNet, ST-LPIPS see
+    perceptual_share: list[float] = field(default_factory=lambda: [0.5, 0.25])  # of a batch that SqueezeNet, ST-LPIPS see
     val_every: int = 1000
     val_count: int = 24
     save_every: int = 250
@@ -136,7 +134,7 @@ def draw_batch(c: Config, shard: Shard, rows: Tensor, step: int) -> tuple[Tensor
 # ---------------------------------------------------------------- helpers
 
 
-def bfloat16_is_faster(network: torch.nn.Module, channels: int) -> bool:
+def bfloat16_is_faster(network: nn.Module, channels: int) -> bool:
     """Times one step each way: on a CPU with AMX or AVX512-BF16 bfloat16 wins, on others it loses (DESIGN 4)."""
     z = torch.randn(4, channels, 16, 16).contiguous(memory_format=torch.channels_last)
     seconds = {}
@@ -174,32 +172,36 @@ def main() -> None:
     out = Path(c.out)
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(c.seed)
-    random.seed(c.seed)
 
     pictures = load_pictures(expand(c.pictures))
     val = load_pictures(expand(c.val_pictures))[:: max(1, 200 // c.val_count)][: c.val_count]
-    encoder = StandInEncoder(Path(c.encoder), *(Path(p) if p else None for p in (c.colour_table, c.colours)))
-
     arguments = dict(c.decoder)
     model = FastDecoder.families[arguments.pop("_class_name")](**arguments)
+    encoder = StandInEncoder(model.latent_space, c.colour_table, c.colours)
     network = model.decoder.to(memory_format=torch.channels_last).train()
     ema = {key: value.clone() for key, value in network.state_dict().items()}
     autocast = bfloat16_is_faster(network, model.config.latent_channels)
 
     optimizer = torch.optim.AdamW(network.parameters(), lr=c.lr, betas=(0.9, 0.99), weight_decay=c.weight_decay, fused=True)
-    squeeze = SqueezeNetFeatures(Path(c.squeezenet)).to(memory_format=torch.channels_last)
     stlpips = ShiftTolerantLPIPS().to(memory_format=torch.channels_last)
+    perceptual: dict[str, tuple[nn.Module, float]] = {}  # term -> network, share of the batch that it sees
+    if c.squeeze:
+        if c.squeezenet is None:
+            raise SystemExit("squeeze is not 0 but squeezenet names no weights: give their path, or set squeeze=0")
+        perceptual["squeeze"] = (SqueezeNetFeatures(Path(c.squeezenet)).to(memory_format=torch.channels_last), c.perceptual_share[0])
+    if c.stlpips:
+        perceptual["stlpips"] = (stlpips, c.perceptual_share[1])
 
     step = 0
     if (out / "checkpoint.pt").exists():
         state = torch.load(out / "checkpoint.pt", weights_only=True)
         network.load_state_dict(state["network"])
         optimizer.load_state_dict(state["optimizer"])
-        ema, step = state["ema"], state["step"]
+        ema, step, autocast = state["ema"], state["step"], state["autocast"]
 
     def checkpoint() -> None:
-        state = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema, "step": step}
-        save(out / "checkpoint.pt", state)
+        state = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema}
+        save(out / "checkpoint.pt", {**state, "step": step, "autocast": autocast})
 
     def validate() -> dict[str, float]:
         trained = {key: value.clone() for key, value in network.state_dict().items()}
@@ -217,7 +219,9 @@ def main() -> None:
         log.write(json.dumps({"baseline": found}) + "\n")
         print("baseline", found)
 
-    shard, shard_key, seen = None, None, {}
+    shard, shard_key = None, None
+    seen: dict[str, float] = {}
+    found: dict[str, float] = {}
     bar = tqdm(initial=step, total=c.steps, disable=None, dynamic_ncols=True)
     while step < c.steps:
         # Everything random follows from the seed and the step, so that a resumed run is the run that was stopped.
@@ -234,12 +238,10 @@ def main() -> None:
             group["lr"] = learning_rate(c, step)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             decoded = network(z).float()
-            a, b = (max(1, round(len(z) * share)) for share in c.perceptual_px)
             terms = {"l1": (decoded - target).abs().mean()}
-            if c.squeeze:
-                terms["squeeze"] = squeeze(decoded[:a], target[:a])
-            if c.stlpips:
-                terms["stlpips"] = stlpips(decoded[-b:], target[-b:])
+            for name, (distance, share) in perceptual.items():
+                rows = torch.randperm(len(z), generator=torch.Generator().manual_seed(step))[: max(1, round(len(z) * share))]
+                terms[name] = distance(decoded[rows], target[rows])
         loss = sum(getattr(c, name) * term.float() for name, term in terms.items())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -269,6 +271,8 @@ def main() -> None:
 
     network.load_state_dict(ema)
     model.to(torch.float16).save_pretrained(out / "model")
+    run = {"config": asdict(c), "steps": step, "val": found, "torch": torch.__version__, "autocast": autocast}
+    (out / "model" / "run.json").write_text(json.dumps(run, indent=1) + "\n")
     print(f"finished: the decoder is in {out / 'model'}")
 
 

@@ -1,0 +1,174 @@
+"""The trainer: its data, the stand-in encoder's cures, and a run that is stopped and goes on."""
+
+import importlib
+import io
+import json
+import sys
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import save_file
+
+from fast_latent_decoders import SDXL, FastDecoder
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared"
+needs_shared = pytest.mark.skipif(not (SHARED / "weights").exists(), reason="needs the colour table, which does not come with the repository")
+
+
+@pytest.fixture(autouse=True)
+def _training_on_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.syspath_prepend(str(ROOT / "training"))
+    yield
+    for name in ("data", "latents", "losses", "validate", "train"):
+        sys.modules.pop(name, None)
+
+
+def module(name: str) -> ModuleType:
+    return importlib.import_module(name)
+
+
+def shard(path: Path, count: int = 6, size: int = 96) -> Path:
+    """A WebDataset shard of smooth random pictures."""
+    rng = np.random.default_rng(0)
+    with tarfile.open(path, "w") as tar:
+        for i in range(count):
+            small = Image.fromarray(rng.integers(0, 255, (6, 6, 3), dtype=np.uint8))
+            buffer = io.BytesIO()
+            small.resize((size + 16 * i, size), Image.Resampling.BICUBIC).save(buffer, "PNG")
+            info = tarfile.TarInfo(f"{i:04d}.png")
+            info.size = buffer.tell()
+            buffer.seek(0)
+            tar.addfile(info, buffer)
+    return path
+
+
+def test_crops_are_of_their_size_and_range(tmp_path: Path) -> None:
+    data = module("data")
+    pictures = data.load_pictures([shard(tmp_path / "a.tar")])
+    assert [tuple(p.shape) for p in pictures[:2]] == [(3, 96, 96), (3, 96, 112)]
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        crop = data.random_crop(pictures, 32, rng, colour=0.5)
+        assert crop.shape == (3, 32, 32)
+        assert crop.abs().max() <= 1
+    with pytest.raises(ValueError, match="short side of at least 128"):
+        data.random_crop(pictures, 128, rng)
+
+
+def test_bad_shards_are_errors_not_skips(tmp_path: Path) -> None:
+    data = module("data")
+    with pytest.raises(FileNotFoundError, match="at least one shard"):
+        data.load_pictures([])
+    with tarfile.open(tmp_path / "bad.tar", "w") as tar:
+        info = tarfile.TarInfo("0001.jpg")
+        info.size = 4
+        tar.addfile(info, io.BytesIO(b"nope"))
+    with pytest.raises(ValueError, match="0001"):
+        data.load_pictures([tmp_path / "bad.tar"])
+
+
+def test_redrawn_weights_stay_in_the_rounding_box() -> None:
+    encoder = module("latents").StandInEncoder(SDXL)
+    encoder.redraw(torch.Generator().manual_seed(0))
+    moved = 0
+    for key, value in encoder.network.state_dict().items():
+        stored = encoder.stored[key]
+        if key.endswith("bias"):
+            assert torch.equal(value, stored)
+            continue
+        step = (2.0 ** (stored.abs().clamp_min(1e-9).log2().floor() - 3)).clamp_min(2.0**-9)
+        assert ((value - stored).abs() <= step / 2 + 1e-7).all()
+        moved += int((value != stored).sum())
+    assert moved > 1_000_000
+    encoder.redraw(None)
+    assert all(torch.equal(value, encoder.stored[key]) for key, value in encoder.network.state_dict().items())
+
+
+def test_transplanted_colours(tmp_path: Path) -> None:
+    """Amplitude 0 is the real colour's latent and a flat target; texture adds what the encoder makes of it."""
+    colours = {"srgb": torch.tensor([[0.2, 0.5, 0.9], [0.6, 0.1, 0.3]]), "latent": torch.tensor([[1.0, -2, 0.5, 3], [0.1, 0.2, 0.3, 0.4]])}
+    save_file(colours, tmp_path / "colours.safetensors")
+    encoder = module("latents").StandInEncoder(SDXL, colours=str(tmp_path / "colours.safetensors"))
+    texture = torch.rand(2, 3, 64, 64) - 0.5
+    z, target = encoder.transplant(texture, torch.tensor([0.0, 0.2]), torch.tensor([0, 1]))
+    assert torch.allclose(z[0], colours["latent"][0][:, None, None].expand(4, 8, 8), atol=1e-5)
+    assert torch.allclose(target[0], (colours["srgb"][0] * 2 - 1)[:, None, None].expand(3, 64, 64), atol=1e-6)
+    flat = (colours["srgb"][1:] * 2 - 1)[:, :, None, None].expand(1, 3, 64, 64)
+    expected = colours["latent"][1:, :, None, None] + encoder.encode(target[1:]) - encoder.encode(flat)
+    assert torch.allclose(z[1:], expected, atol=1e-4)
+
+
+@needs_shared
+def test_colour_table_has_its_axes_the_right_way_round() -> None:
+    """The check value of the table's description: rms of real minus (stand-in + table), per channel."""
+    weights, real = SHARED / "weights/taesdxl_colour_lut.safetensors", SHARED / "data/real_latents/sdxl/vae_constant_colours.safetensors"
+    encoder = module("latents").StandInEncoder(SDXL, str(weights), str(real))
+    colours, latents = (encoder.colours[key][::31] for key in ("srgb", "latent"))
+    flat = (colours * 2 - 1)[:, :, None, None].expand(-1, -1, 104, 104)
+    z = encoder.encode(flat) + encoder.table_at(flat)
+    rms = (latents - z[:, :, 6, 6]).square().mean(0).sqrt()
+    assert torch.allclose(rms, torch.tensor([0.027, 0.039, 0.094, 0.055]), atol=0.012)
+
+
+def test_stlpips_rises_with_noise() -> None:
+    distance = module("losses").ShiftTolerantLPIPS()
+    x = torch.rand(1, 3, 64, 64) * 2 - 1
+    values = [distance((x + s * torch.randn_like(x)).clamp(-1, 1), x).item() for s in (0.0, 0.1, 0.4)]
+    assert values[0] == pytest.approx(0, abs=1e-6)
+    assert values[0] < values[1] < values[2]
+
+
+def config(folder: Path, name: str) -> str:
+    tar = str(shard(folder / f"{name}.tar"))
+    values = {
+        "decoder": {"_class_name": "SubpixelDecoder", "widths": [16, 8, 8], "blocks": [1, 1, 1], "convs": 1},
+        "out": str(folder / name), "pictures": [tar], "val_pictures": [tar], "val_count": 1, "val_every": 100, "steps": 12,
+        "warmup": 2, "crops": [[0.0, 32, 8], [0.5, 64, 4]], "shard": 4, "squeeze": 0, "stlpips": 0, "save_every": 4, "lr": 1e-3,
+    }  # fmt: skip
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return str(path)
+
+
+@pytest.mark.slow
+def test_a_run_that_was_stopped_equals_one_that_was_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train = module("train")
+    # Timing decides between number formats; the two runs must not decide differently.
+    monkeypatch.setattr(train, "bfloat16_is_faster", lambda *_: False)
+    monkeypatch.setattr(sys, "argv", ["train.py", config(tmp_path, "whole")])
+    train.main()
+
+    rate = train.learning_rate
+
+    def stop_at_seven(c: object, step: int) -> float:
+        if step == 7:
+            raise KeyboardInterrupt
+        return rate(c, step)
+
+    monkeypatch.setattr(sys, "argv", ["train.py", config(tmp_path, "stopped")])
+    monkeypatch.setattr(train, "learning_rate", stop_at_seven)
+    with pytest.raises(KeyboardInterrupt):
+        train.main()
+    monkeypatch.setattr(train, "learning_rate", rate)
+    train.main()
+
+    whole, stopped = (FastDecoder.from_pretrained(tmp_path / name / "model") for name in ("whole", "stopped"))
+    for a, b in zip(whole.parameters(), stopped.parameters(), strict=True):
+        assert torch.equal(a, b)
+    run = json.loads((tmp_path / "whole/model/run.json").read_text())
+    assert run["steps"] == 12
+    assert run["val"]["psnr"] > 5
+
+
+def test_unknown_keys_are_named(tmp_path: Path) -> None:
+    train = module("train")
+    with pytest.raises(SystemExit, match="unknown key 'stepz'"):
+        train.read_config(config(tmp_path, "x"), ["stepz=3"])
