@@ -5,7 +5,7 @@ import typer
 import fast_latent_decoders  # a pipeline saved with a fast decoder needs this import before it is loaded again
 
 
-def main(folder: str, name: str = "you/my-decoder", local: bool = False) -> None:
+def main(folder: str, name: str, local: bool = False) -> None:
     decoder = fast_latent_decoders.FastDecoder.from_pretrained(folder)
     if local:
         decoder.save_pretrained(name)

@@ -186,8 +186,11 @@ class FastDecoder(ModelMixin, AutoencoderMixin, ConfigMixin):
         """Let `vae` (its encoder; the decoder is not held) do the encoding, in its own dtype. Returns self.
 
         Raises:
-            ValueError: `vae` has another latent space.
+            TypeError: `vae` is not a VAE with an encoder.
+            ValueError: it has another latent space.
         """
+        if not hasattr(vae, "encoder") or not hasattr(vae, "config"):
+            raise TypeError(f"expected a diffusers VAE with an encoder (AutoencoderKL, AutoencoderKLTemporalDecoder), got {type(vae).__name__}")
         self._check_space(vae)
         self._encoder = (encoder_part(vae),)
         self.register_to_config(encoder="external")

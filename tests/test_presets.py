@@ -1,5 +1,7 @@
 """Presets: decoders by name, and the names that a mistake was closest to."""
 
+import sys
+
 import pytest
 import torch
 
@@ -59,10 +61,9 @@ def test_a_misspelt_name_is_answered_with_the_nearest(name: str, near: str) -> N
 
 def test_weights_that_are_not_at_hand_are_said_to_be_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Until presets are on the Hub the error says where to get them; then their Hub id is what is loaded."""
-    import fast_latent_decoders.presets as module
-
+    module = sys.modules[locate.__module__]  # the package's attribute of that name is the function
     monkeypatch.setattr(module, "__file__", "/nowhere/fast_latent_decoders/presets.py")
-    with pytest.raises(OSError, match="'taesdxl' do not come with the installed package.*hub_cards/taesdxl of a checkout"):
+    with pytest.raises(OSError, match=r"'taesdxl' do not come with the installed package.*hub_cards/taesdxl of a checkout"):
         locate("taesdxl")
     assert PRESETS["taesdxl"].location is None
     monkeypatch.setattr(module, "HUB_ORG", "someone")

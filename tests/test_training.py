@@ -108,14 +108,15 @@ def test_transplanted_colours(tmp_path: Path) -> None:
 
 @needs_shared
 def test_colour_table_has_its_axes_the_right_way_round() -> None:
-    """The check value of the table's description: rms of real minus (stand-in + table), per channel."""
+    """The check value of the table's description, on other colours: rms of real minus (stand-in + table), per channel;
+    with the axes the wrong way round it is .072 .074 .280 .124."""
     weights, real = SHARED / "weights/taesdxl_colour_lut.safetensors", SHARED / "data/real_latents/sdxl/vae_constant_colours.safetensors"
     encoder = module("latents").StandInEncoder(SDXL, str(weights), str(real))
-    colours, latents = (encoder.colours[key][::31] for key in ("srgb", "latent"))
+    colours, latents = (encoder.colours[key][::61] for key in ("srgb", "latent"))
     flat = (colours * 2 - 1)[:, :, None, None].expand(-1, -1, 104, 104)
     z = encoder.encode(flat) + encoder.table_at(flat)
     rms = (latents - z[:, :, 6, 6]).square().mean(0).sqrt()
-    assert torch.allclose(rms, torch.tensor([0.027, 0.039, 0.094, 0.055]), atol=0.012)
+    assert torch.allclose(rms, torch.tensor([0.027, 0.039, 0.094, 0.055]), atol=0.02)
 
 
 def test_stlpips_rises_with_noise() -> None:
