@@ -33,6 +33,7 @@ class FastDecoder(ModelMixin, AutoencoderMixin, ConfigMixin):
     _supports_gradient_checkpointing = True
     _group_offload_block_modules: ClassVar = ["decoder"]
     families: ClassVar[dict[str, type["FastDecoder"]]] = {}
+    config: Any  # diffusers says dict; it is a dict whose entries are attributes too
     decoder: BlockNetwork
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -171,7 +172,7 @@ class FastDecoder(ModelMixin, AutoencoderMixin, ConfigMixin):
         return IdentityDistribution(tiny(x.to(self.dtype)) / space.scaling_factor + space.shift_factor)
 
     @staticmethod
-    def _encode_external(vae: nn.Module, x: Tensor) -> Any:
+    def _encode_external(vae: Any, x: Tensor) -> Any:
         # No hook moves the delegate (CONTRACT 5.3): it comes to the input for this call and goes back.
         home = next(vae.parameters())
         if home.device.type == "meta" or home.device == x.device:
@@ -223,7 +224,7 @@ class FastDecoder(ModelMixin, AutoencoderMixin, ConfigMixin):
         network.train(self.decoder.training)
         return plug(DecoderSocket(network, self.latent_space, vae, type(self).__name__), vae)
 
-    def _check_space(self, vae: nn.Module) -> None:
+    def _check_space(self, vae: Any) -> None:
         config, mine = vae.config, self.latent_space
         theirs = LatentSpace(
             name="?",
@@ -262,7 +263,7 @@ class FastDecoder(ModelMixin, AutoencoderMixin, ConfigMixin):
         """
         path = presets.locate(str(pretrained_model_name_or_path))
         keys = ("subfolder", "revision", "token", "cache_dir", "force_download", "proxies", "local_files_only")
-        config = cls.load_config(path, **{key: kwargs[key] for key in keys if key in kwargs})
+        config: Any = cls.load_config(path, **{key: kwargs[key] for key in keys if key in kwargs})
         name = config.get("_class_name")
         family = FastDecoder.families.get(name)
         if family is None or not issubclass(family, cls):
@@ -272,6 +273,7 @@ class FastDecoder(ModelMixin, AutoencoderMixin, ConfigMixin):
                 + ("; convert it first: fld convert" if name == "AutoencoderTiny" else "")
             )
         wants_info = kwargs.pop("output_loading_info", False)
+        model: Any
         model, info = super(FastDecoder, family).from_pretrained(path, output_loading_info=True, **kwargs)
         # diffusers only logs these, and leaves what is missing on the meta device (CONTRACT 6.11).
         wrong = {what: sorted(info[f"{what}_keys"]) for what in ("missing", "unexpected") if info[f"{what}_keys"]}
@@ -280,7 +282,7 @@ class FastDecoder(ModelMixin, AutoencoderMixin, ConfigMixin):
             raise ValueError(f"the weights in {pretrained_model_name_or_path} do not fit its {name} config: {told}")
         if encoder is not None:
             model.with_encoder(encoder)
-        return (model, info) if wants_info else model
+        return (model, info) if wants_info else model  # type: ignore[return-value]  # a pair only where diffusers asks for one
 
 
 FastDecoder.__module__ = "fast_latent_decoders"

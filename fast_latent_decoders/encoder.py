@@ -36,12 +36,12 @@ def load_tiny_encoder(space: LatentSpace) -> nn.Module:
     return encoder.eval().requires_grad_(False)
 
 
-def encoder_part(vae: nn.Module) -> nn.Module:
+def encoder_part(vae: Any) -> nn.Module:
     """`vae` without its decoder, over the same encoder modules: what encoding needs, and no more memory than that (CONTRACT 5.5).
 
     A VAE that pipelines would upcast encodes in float32 here too: no pipeline sees its `force_upcast` any more.
     """
-    part = copy.copy(vae)
+    part: Any = copy.copy(vae)
     kept = {name: module for name, module in vae._modules.items() if name not in ("decoder", "post_quant_conv")}
     # What a swapped decoder left on the VAE refers to the whole VAE, and to the original decoder.
     own = {name: value for name, value in vae.__dict__.items() if name not in (*GUARDED, "_swapped")}

@@ -65,7 +65,8 @@ def restore_decoder(pipe: Any, original: nn.Module | None = None) -> None:
     swapped: _Swapped | None = getattr(vae, "_swapped", None)
     if swapped is None and not isinstance(getattr(vae, "decoder", None), DecoderSocket):
         raise ValueError(f"the decoder of this pipeline's {type(vae).__name__} was not swapped: there is nothing to restore")
-    decoder = getattr(original, "decoder", original) if original is not None else swapped and swapped.original
+    kept = swapped.original if swapped is not None else None
+    decoder: nn.Module | None = getattr(original, "decoder", original) if original is not None else kept
     if decoder is None:
         raise ValueError("the original decoder was not kept: call swap_decoder(..., keep=True), or restore_decoder(pipe, original=vae)")
     if next(decoder.parameters()).device.type != "meta":  # else it was taken out under sequential offload, and has its hooks

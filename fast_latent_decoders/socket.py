@@ -111,7 +111,7 @@ def unplug(vae: nn.Module) -> None:
         vae.__dict__.pop(name, None)
 
 
-def follow(decoder: nn.Module, vae: nn.Module) -> None:
+def follow(decoder: nn.Module, vae: Any) -> None:
     """Give `decoder` the VAE's device and dtype; under sequential offload, hooks like those of the VAE's other parts."""
     device = vae.device
     decoder.to(device="cpu" if device.type == "meta" else device, dtype=vae.dtype)
@@ -125,8 +125,8 @@ def follow(decoder: nn.Module, vae: nn.Module) -> None:
 def _sequential_device(vae: nn.Module) -> torch.device | None:
     """Where sequential offload runs this VAE, None without it."""
     for module in vae.modules():
-        hook = getattr(module, "_hf_hook", None)
-        if getattr(hook, "offload", False) and getattr(hook, "execution_device", None) is not None:
+        hook: Any = getattr(module, "_hf_hook", None)
+        if getattr(hook, "offload", False) and hook.execution_device is not None:
             return torch.device(hook.execution_device)
     return None
 

@@ -26,8 +26,8 @@ def load_pictures(shards: Sequence[str | Path]) -> list[Tensor]:
     for sample in dataset:
         data = next((sample[key] for key in ("jpg", "jpeg", "png", "webp") if key in sample), None)
         try:
-            image = Image.open(io.BytesIO(data)).convert("RGB")
-        except (TypeError, UnidentifiedImageError, OSError) as error:
+            image = Image.open(io.BytesIO(data or b"")).convert("RGB")
+        except (UnidentifiedImageError, OSError) as error:
             raise ValueError(f"sample {sample['__key__']} of {sample['__url__']} holds no picture that can be read") from error
         pictures.append(torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous())
     return pictures

@@ -19,6 +19,7 @@ class StandInEncoder:
     """TAESD's or TAESDXL's encoder, pictures (N, 3, H, W) in [-1, 1] to scaled latents (N, C, H/8, W/8)."""
 
     def __init__(self, space: LatentSpace, colour_table: str | None = None, colours: str | None = None) -> None:
+        self.channels = space.channels
         self.network = load_tiny_encoder(space).float().to(memory_format=torch.channels_last)
         self.stored = {key: value.clone() for key, value in self.network.state_dict().items()}
         self.table = load_file(colour_table)["delta"] if colour_table else None
@@ -42,7 +43,7 @@ class StandInEncoder:
     def table_at(self, pictures: Tensor) -> Tensor:
         """What the colour table would add to the latents of these pictures: real minus stand-in, (N, C, H/8, W/8)."""
         if self.table is None:
-            return torch.zeros(len(pictures), self.network.layers[-1].out_channels, *(n // 8 for n in pictures.shape[2:]))
+            return torch.zeros(len(pictures), self.channels, *(n // 8 for n in pictures.shape[2:]))
         rgb = F.avg_pool2d(pictures, 8).permute(0, 2, 3, 1)[:, None]  # (N, 1, h, w, 3), in [-1, 1] as grid_sample wants it
         # The table's axes are red, green, blue; grid_sample reads the last axis first (weights/README.md).
         delta = F.grid_sample(

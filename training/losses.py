@@ -14,6 +14,7 @@ class SqueezeNetFeatures(nn.Module):
     `lpips` package do not fit them, so the layers count alike.
     """
 
+    mean: Tensor
     layers = (1, 4, 7, 9, 10, 11, 12)
 
     def __init__(self, weights: Path) -> None:

@@ -215,11 +215,12 @@ def main() -> None:
     log.write(json.dumps({"config": asdict(c), "step": step, "autocast": autocast}) + "\n")
     if c.baseline and step == 0:
         encoder.redraw(None)
-        found = measure(FastDecoder.from_pretrained(c.baseline).decoder, encoder, val, share=0.5, stlpips=stlpips)
-        log.write(json.dumps({"baseline": found}) + "\n")
-        print("baseline", found)
+        baseline = measure(FastDecoder.from_pretrained(c.baseline).decoder, encoder, val, share=0.5, stlpips=stlpips)
+        log.write(json.dumps({"baseline": baseline}) + "\n")
+        print("baseline", baseline)
 
-    shard, shard_key = None, None
+    shard: Shard | None = None
+    shard_key: tuple[int, int] | None = None
     seen: dict[str, float] = {}
     found: dict[str, float] = {}
     bar = tqdm(initial=step, total=c.steps, disable=None, dynamic_ncols=True)
@@ -229,7 +230,7 @@ def main() -> None:
         count = shard_count(c, size)
         epoch, place = divmod(step - first, count // batch)
         key = (size, epoch // c.epochs_per_shard)
-        if key != shard_key:
+        if shard is None or key != shard_key:
             shard, shard_key = make_shard(c, pictures, encoder, size, key[1], autocast), key
         order = torch.randperm(count, generator=torch.Generator().manual_seed(c.seed + 31 * epoch))
         z, target = draw_batch(c, shard, order[place * batch : (place + 1) * batch], step)

@@ -67,9 +67,9 @@ class ResidualBlock(nn.Module):
         for i in range(convs):
             layers += [nn.ReLU()] if i else []
             layers += [nn.Conv2d(width, width, 3, padding=1)]
+        for parameter in layers[-1].parameters():
+            nn.init.zeros_(parameter)
         self.conv = nn.Sequential(*layers)
-        nn.init.zeros_(self.conv[-1].weight)
-        nn.init.zeros_(self.conv[-1].bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.conv(x)
@@ -85,6 +85,6 @@ class SubpixelUp(nn.Sequential):
     def __init__(self, in_channels: int, out_channels: int) -> None:
         conv = nn.Conv2d(in_channels, 4 * out_channels, 3, padding=1)
         with torch.no_grad():
-            conv.weight.copy_(conv.weight[::4].repeat_interleave(4, dim=0))
-            conv.bias.copy_(conv.bias[::4].repeat_interleave(4, dim=0))
+            for parameter in conv.parameters():
+                parameter.copy_(parameter[::4].repeat_interleave(4, dim=0))
         super().__init__(conv, nn.PixelShuffle(2))
