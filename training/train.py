@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
 from glob import glob
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ class Config:
     noise: float = 0.03  # largest standard deviation of the noise on latents, drawn per sample
     transplants: float = 0.125  # share of samples with a real colour
     l1: float = 1.0
+    mse: float = 0.0
     squeeze: float = 0.3
     stlpips: float = 0.3
     perceptual_share: list[float] = field(default_factory=lambda: [0.5, 0.25])  # of a batch that SqueezeNet, ST-LPIPS see
@@ -162,6 +164,19 @@ def save(path: Path, state: dict[str, Any]) -> None:
     temporary.replace(path)
 
 
+def summary(out: Path) -> dict[str, Any]:
+    """What run.json says of a run, from its log: the configuration at every start, steps, hours, the last measurement."""
+    entries = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    steps = [entry for entry in entries if "norm" in entry]
+    gaps = [b["time"] - a["time"] for a, b in pairwise(steps)]
+    return {
+        "starts": [entry for entry in entries if "config" in entry],
+        "steps": steps[-1]["step"] if steps else 0,
+        "hours": round(sum(gap for gap in gaps if gap < 900) / 3600, 2),  # longer gaps are pauses
+        "val": next((entry["val"] for entry in reversed(entries) if "val" in entry), {}),
+    }
+
+
 # ---------------------------------------------------------------- run
 
 
@@ -222,7 +237,6 @@ def main() -> None:
     shard: Shard | None = None
     shard_key: tuple[int, int] | None = None
     seen: dict[str, float] = {}
-    found: dict[str, float] = {}
     bar = tqdm(initial=step, total=c.steps, disable=None, dynamic_ncols=True)
     while step < c.steps:
         # Everything random follows from the seed and the step, so that a resumed run is the run that was stopped.
@@ -239,7 +253,8 @@ def main() -> None:
             group["lr"] = learning_rate(c, step)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             decoded = network(z).float()
-            terms = {"l1": (decoded - target).abs().mean()}
+            error = decoded - target
+            terms = {"l1": error.abs().mean(), "mse": error.square().mean()}
             for name, (distance, share) in perceptual.items():
                 rows = torch.randperm(len(z), generator=torch.Generator().manual_seed(step))[: max(1, round(len(z) * share))]
                 terms[name] = distance(decoded[rows], target[rows])
@@ -272,8 +287,8 @@ def main() -> None:
 
     network.load_state_dict(ema)
     model.to(torch.float16).save_pretrained(out / "model")
-    run = {"config": asdict(c), "steps": step, "val": found, "torch": torch.__version__, "autocast": autocast}
-    (out / "model" / "run.json").write_text(json.dumps(run, indent=1) + "\n")
+    log.close()
+    (out / "model" / "run.json").write_text(json.dumps({**summary(out), "torch": torch.__version__}, indent=1) + "\n")
     print(f"finished: the decoder is in {out / 'model'}")
 
 
