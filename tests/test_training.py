@@ -27,7 +27,7 @@ needs_shared = pytest.mark.skipif(not (SHARED / "weights").exists(), reason="nee
 def _training_on_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.syspath_prepend(str(ROOT / "training"))
     yield
-    for name in ("data", "latents", "losses", "validate", "train"):
+    for name in ("adversary", "config", "data", "latents", "losses", "validate", "train"):
         sys.modules.pop(name, None)
 
 
@@ -132,7 +132,8 @@ def config(folder: Path, name: str) -> str:
     values = {
         "decoder": {"_class_name": "SubpixelDecoder", "widths": [16, 8, 8], "blocks": [1, 1, 1], "convs": 1},
         "out": str(folder / name), "pictures": [tar], "val_pictures": [tar], "val_count": 1, "val_every": 100, "steps": 12,
-        "warmup": 2, "crops": [[0.0, 32, 8], [0.5, 64, 4]], "shard": 4, "squeeze": 0, "stlpips": 0, "save_every": 4, "lr": 1e-3,
+        "warmup": 2, "crops": [[0.0, 32, 8], [0.5, 64, 4]], "shard": 4, "losses": {"l1": 1}, "save_every": 4, "lr": 1e-3,
+        "gan": {"weight": 0.1, "start": 6, "memory": 8},
     }  # fmt: skip
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(values))
@@ -169,7 +170,84 @@ def test_a_run_that_was_stopped_equals_one_that_was_not(tmp_path: Path, monkeypa
     assert run["val"]["psnr"] > 5
 
 
-def test_unknown_keys_are_named(tmp_path: Path) -> None:
-    train = module("train")
-    with pytest.raises(SystemExit, match="unknown key 'stepz'"):
-        train.read_config(config(tmp_path, "x"), ["stepz=3"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("stepz=3", "unknown key 'stepz' in .*did you mean steps?"),
+        ("gan.adaptiv=false", "unknown key 'adaptiv' in .*did you mean adaptive?"),
+        ("losses.charbonier=1", "unknown key .charbonier. in losses: did you mean charbonnier?"),
+        ("steps=many", "steps is 'many'.* integer"),
+        ("gan.kind=wasserstein", "gan.kind is 'wasserstein'.*'hinge', 'least_squares' or 'relativistic'"),
+        ("steps", "expected key=value, got 'steps'"),
+        ("steps.more=1", "steps holds no keys"),
+        ("crops=[[0.5, 64, 4]]", "crops must begin at share 0"),
+    ],
+)
+def test_wrong_keys_and_values_are_named(change: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=message):
+        module("config").read_config(config(tmp_path, "x"), [change])
+
+
+def test_changes_reach_inside_and_the_config_is_frozen(tmp_path: Path) -> None:
+    c = module("config").read_config(config(tmp_path, "x"), ["stand_in.noise=0.5", "lr=2e-4", "losses.mse=3"])
+    assert (c.stand_in.noise, c.lr, c.losses) == (0.5, 2e-4, {"l1": 1.0, "mse": 3.0})
+    with pytest.raises(AttributeError):
+        c.steps = 3
+
+
+def test_every_config_of_the_repository_is_valid() -> None:
+    for path in (ROOT / "training/configs").glob("*.yaml"):
+        module("config").read_config(str(path), [])
+
+
+def test_pixel_terms_have_hand_computed_values() -> None:
+    """A constant error of 0.3; its spectrum is one coefficient, 0.3 * sqrt(H W), among H * (W / 2 + 1)."""
+    pixel = module("losses").PIXEL
+    x = torch.rand(2, 3, 64, 64) - 0.5
+    expected = {"l1": 0.3, "mse": 0.09, "charbonnier": (0.09 + 1e-6) ** 0.5 - 1e-3, "frequency": 0.3 * 64 / (64 * 33)}
+    for name, value in expected.items():
+        assert pixel[name](x + 0.3, x).item() == pytest.approx(value, rel=1e-4), name
+    for size in (16, 64, 128, 192):
+        y = torch.rand(1, 3, size, size) * 2 - 1
+        assert pixel["ms_ssim"](y, y).item() == pytest.approx(0, abs=1e-5)
+        assert pixel["ms_ssim"](y, torch.rand_like(y)).item() > 0.1
+
+
+def test_a_term_without_its_weights_says_which_need_none() -> None:
+    with pytest.raises(RuntimeError, match=r"squeezenet=PATH.*stlpips needs no file"):
+        module("losses").perceptual("squeeze")
+
+
+def test_adversarial_terms_have_hand_computed_values() -> None:
+    adversary = module("adversary")
+    fake, real = torch.tensor([0.5, -2.0]), torch.tensor([2.0, 0.0])
+    gap = torch.nn.functional.softplus
+    expected = {
+        "hinge": (0.75, (0.5 + (1.5 + 0) / 2) / 2),
+        "least_squares": ((0.25 + 9) / 2, ((1 + 1) / 2 + (2.25 + 1) / 2) / 2),
+        "relativistic": (gap(torch.tensor([1.5, 2.0])).mean().item(), gap(torch.tensor([-1.5, -2.0])).mean().item()),
+    }
+    for kind, (mine, its) in expected.items():
+        assert adversary.decoder_loss(kind, fake, real).item() == pytest.approx(mine)
+        assert adversary.discriminator_loss(kind, fake, real).item() == pytest.approx(its)
+
+
+def test_the_adaptive_ratio_is_that_of_the_gradients() -> None:
+    w = torch.nn.Parameter(torch.ones(4))
+    ratio = module("adversary").adaptive_ratio((3 * w).sum(), (w / 2).sum(), w)
+    assert ratio.item() == pytest.approx(6)
+    assert not ratio.requires_grad
+
+
+def test_a_discriminator_learns_to_tell_and_leaves_the_decoder_alone() -> None:
+    torch.manual_seed(0)
+    adversary = module("adversary").Adversary(4, "hinge", lr=1e-3, memory=6, width=8)
+    z, target = torch.randn(4, 4, 4, 4), torch.rand(4, 3, 32, 32) * 2 - 1
+    decoded = (target * 0.3).requires_grad_()
+    losses = [adversary.learn(decoded, target, z, step) for step in range(40)]
+    assert losses[-1] < 0.7 * losses[0]
+    assert decoded.grad is None
+    assert len(adversary.pictures) == 6
+    adversary.loss(decoded, target, z).backward()
+    assert decoded.grad is not None
+    assert all(parameter.grad is None or not parameter.requires_grad for parameter in adversary.network.parameters())

@@ -134,7 +134,7 @@ def main() -> None:
     pictures = load_pictures(expand(config.val_pictures))
     pictures = pictures[:: max(1, len(pictures) // arguments.count)][: arguments.count]
     decoders = {name: FastDecoder.from_pretrained(name).eval() for name in arguments.decoders}
-    encoder = StandInEncoder(next(iter(decoders.values())).latent_space, config.colour_table, config.colours)
+    encoder = StandInEncoder(next(iter(decoders.values())).latent_space, config.stand_in.colour_table, config.stand_in.colours)
 
     times = speed(decoders)
     for decoder in decoders.values():

@@ -1,10 +1,50 @@
-"""Loss terms. Everything is on [-1, 1]; every term returns one scalar."""
+"""Loss terms. Pictures are (N, 3, H, W) on [-1, 1]; every term returns one scalar, zero for equal pictures."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+# ---------------------------------------------------------------- pixels
+
+
+def l1(decoded: Tensor, target: Tensor) -> Tensor:
+    return (decoded - target).abs().mean()
+
+
+def mse(decoded: Tensor, target: Tensor) -> Tensor:
+    """The paper's pixel term (equation 1)."""
+    return (decoded - target).square().mean()
+
+
+def charbonnier(decoded: Tensor, target: Tensor) -> Tensor:
+    """L1 that is smooth at zero: sqrt(d^2 + e^2) - e with e = 1/1000."""
+    return ((decoded - target).square() + 1e-6).sqrt().mean() - 1e-3
+
+
+def frequency(decoded: Tensor, target: Tensor) -> Tensor:
+    """Mean modulus of the difference of the spectra (orthonormal real FFT), so that fine and coarse count alike."""
+    return torch.fft.rfft2((decoded - target).float(), norm="ortho").abs().mean()
+
+
+def ms_ssim(decoded: Tensor, target: Tensor) -> Tensor:
+    """1 - MS-SSIM of torchmetrics, in as many of the five scales as it allows a crop (all from 176 px on)."""
+    from torchmetrics.functional.image import multiscale_structural_similarity_index_measure as similarity
+
+    betas = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
+    side = min(decoded.shape[-2:])
+    scales = max(n for n in range(1, 6) if n == 1 or side // (n - 1) ** 2 > 10)  # torchmetrics' own bound
+    kept = tuple(beta / sum(betas[:scales]) for beta in betas[:scales])
+    return 1 - similarity(decoded.float(), target, data_range=2.0, betas=kept, normalize="relu")
+
+
+PIXEL: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    term.__name__: term for term in (l1, mse, charbonnier, frequency, ms_ssim)
+}
+
+# ---------------------------------------------------------------- features
 
 
 class SqueezeNetFeatures(nn.Module):
@@ -56,3 +96,44 @@ class ShiftTolerantLPIPS(nn.Module):
 
     def forward(self, decoded: Tensor, target: Tensor) -> Tensor:
         return self.network(decoded, target).mean()
+
+
+class LPIPS(nn.Module):
+    """LPIPS (Zhang et al. 2018) on VGG16, the paper's perceptual term, from the `lpips` package.
+
+    Raises:
+        RuntimeError: torchvision's VGG16 weights, which the package does not carry, cannot be downloaded.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        import lpips
+
+        try:
+            self.network = lpips.LPIPS(net="vgg", verbose=False).requires_grad_(False)
+        except OSError as error:  # no network: urllib's errors are OSErrors
+            raise RuntimeError(
+                f"LPIPS needs the weights of torchvision's VGG16, which cannot be downloaded here ({error}). Without a network use "
+                "the term stlpips, whose weights come with its package, or squeeze, with weights given by squeezenet="
+            ) from error
+
+    def forward(self, decoded: Tensor, target: Tensor) -> Tensor:
+        return self.network(decoded, target).mean()
+
+
+PERCEPTUAL = ("lpips", "stlpips", "squeeze")
+
+
+def perceptual(name: str, squeezenet: str | None = None) -> nn.Module:
+    """The network of a perceptual term.
+
+    Raises:
+        RuntimeError: its weights are not at hand; the message says which terms need none.
+    """
+    if name == "lpips":
+        return LPIPS()
+    if name == "stlpips":
+        return ShiftTolerantLPIPS()
+    if squeezenet is None:
+        raise RuntimeError("the term squeeze needs squeezenet=PATH, the Caffe weights of SqueezeNet 1.1; the term stlpips needs no file")
+    return SqueezeNetFeatures(Path(squeezenet))

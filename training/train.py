@@ -1,87 +1,30 @@
 """Train a decoder on pictures: python training/train.py training/configs/subpixel-sdxl.yaml [key=value ...]
 
-Reads from top to bottom: knobs, data, model, optimiser, loop. A run that is stopped goes on where it was when called again.
+Reads from top to bottom: data, helpers, then the run: model, optimiser, loop. The knobs are in config.py. A run that was
+stopped goes on where it was when it is called again.
 """
 
 import json
 import math
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields
-from glob import glob
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import yaml
+from adversary import Adversary, adaptive_ratio
+from config import Config, expand, read_config
 from data import load_pictures, random_crop
 from latents import StandInEncoder
-from losses import ShiftTolerantLPIPS, SqueezeNetFeatures
+from losses import PERCEPTUAL, PIXEL, ShiftTolerantLPIPS, perceptual
 from torch import Tensor, nn
 from tqdm import tqdm
 from validate import measure
 
 from fast_latent_decoders import FastDecoder
-
-# ---------------------------------------------------------------- knobs
-
-
-@dataclass(frozen=True)
-class Config:
-    decoder: dict[str, Any]  # class name and configuration of the decoder
-    out: str  # folder of checkpoints, log and the finished model
-    pictures: list[str]  # patterns of WebDataset shards
-    val_pictures: list[str]
-    squeezenet: str | None = None  # weights of SqueezeNet 1.1
-    baseline: str | None = None  # preset to compare with
-    colour_table: str | None = None
-    colours: str | None = None
-    seed: int = 0
-    steps: int = 10_000
-    warmup: int = 200
-    lr: float = 1e-3
-    final_lr: float = 0.02  # share of lr at the end of the cosine
-    weight_decay: float = 1e-4
-    clip: float = 1.0  # gradient norm
-    ema: float = 0.999
-    crops: list[list[float]] = field(default_factory=lambda: [[0.0, 128, 8]])  # [from this share of the run, px, batch]
-    shard: int = 2048  # crops whose latents are made at once, with one draw of the encoder's weights
-    epochs_per_shard: int = 3
-    table_share: list[float] = field(default_factory=lambda: [0.2, 0.8])  # of the colour table, drawn per sample
-    noise: float = 0.03  # largest standard deviation of the noise on latents, drawn per sample
-    transplants: float = 0.125  # share of samples with a real colour
-    l1: float = 1.0
-    mse: float = 0.0
-    squeeze: float = 0.3
-    stlpips: float = 0.3
-    perceptual_share: list[float] = field(default_factory=lambda: [0.5, 0.25])  # of a batch that SqueezeNet, ST-LPIPS see
-    val_every: int = 1000
-    val_count: int = 24
-    save_every: int = 250
-
-
-def read_config(path: str, changes: list[str]) -> Config:
-    """The YAML file at `path` with `key=value` changes.
-
-    Raises:
-        SystemExit: a key that does not exist; the message lists those that do.
-    """
-    values = yaml.safe_load(Path(path).read_text())
-    for change in changes:
-        key, _, value = change.partition("=")
-        values[key] = yaml.safe_load(value)
-    known = [f.name for f in fields(Config)]
-    if unknown := sorted(set(values) - set(known)):
-        raise SystemExit(f"unknown key {unknown[0]!r} in {path}; the keys are {', '.join(known)}")
-    values["lr"] = float(values.get("lr", Config.lr))
-    return Config(**values)
-
-
-def expand(patterns: list[str]) -> list[str]:
-    return sorted(path for pattern in patterns for path in glob(pattern))
-
 
 # ---------------------------------------------------------------- data
 
@@ -104,13 +47,14 @@ def make_shard(c: Config, pictures: list[Tensor], encoder: StandInEncoder, size:
     """Crop first, then encode the crop: every latent belongs to the whole of its target (DESIGN 5)."""
     rng = np.random.default_rng((c.seed, size, index))
     generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-    encoder.redraw(generator)
+    if c.stand_in.redraw:
+        encoder.redraw(generator)
     count = shard_count(c, size)
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     for start in tqdm(range(0, count, 32), desc=f"latents of shard {index}", leave=False, disable=None):
         crops = torch.stack([random_crop(pictures, size, rng) for _ in range(min(32, count - start))])
         latents, table = encoder.encode(crops, autocast), encoder.table_at(crops)
-        if encoder.colours is not None and (n := round(len(crops) * c.transplants)):
+        if encoder.colours is not None and (n := round(len(crops) * c.stand_in.transplants)):
             # A third quite flat, the rest from hardly visible to photographic: flatness is never the cue.
             amplitude = torch.where(
                 torch.rand(n, generator=generator) < 1 / 3, 0.0, 10 ** (-2 * torch.rand(n, generator=generator))
@@ -125,9 +69,9 @@ def make_shard(c: Config, pictures: list[Tensor], encoder: StandInEncoder, size:
 def draw_batch(c: Config, shard: Shard, rows: Tensor, step: int) -> tuple[Tensor, Tensor]:
     """Latents with a share of the colour table and a little noise, drawn anew at every use, and their targets."""
     generator = torch.Generator().manual_seed(c.seed * 7_000_003 + step)
-    low, high = c.table_share
+    low, high = c.stand_in.table_share
     share = low + (high - low) * torch.rand(len(rows), 1, 1, 1, generator=generator)
-    sigma = c.noise * torch.rand(len(rows), 1, 1, 1, generator=generator)
+    sigma = c.stand_in.noise * torch.rand(len(rows), 1, 1, 1, generator=generator)
     z = shard.latents[rows] + share * shard.table[rows]
     z = z + sigma * torch.randn(z.shape, generator=generator)
     return z.contiguous(memory_format=torch.channels_last), shard.targets[rows].float() / 127.5 - 1
@@ -192,20 +136,20 @@ def main() -> None:
     val = load_pictures(expand(c.val_pictures))[:: max(1, 200 // c.val_count)][: c.val_count]
     arguments = dict(c.decoder)
     model = FastDecoder.families[arguments.pop("_class_name")](**arguments)
-    encoder = StandInEncoder(model.latent_space, c.colour_table, c.colours)
+    encoder = StandInEncoder(model.latent_space, c.stand_in.colour_table, c.stand_in.colours)
     network = model.decoder.to(memory_format=torch.channels_last).train()
     ema = {key: value.clone() for key, value in network.state_dict().items()}
     autocast = bfloat16_is_faster(network, model.config.latent_channels)
 
     optimizer = torch.optim.AdamW(network.parameters(), lr=c.lr, betas=(0.9, 0.99), weight_decay=c.weight_decay, fused=True)
-    stlpips = ShiftTolerantLPIPS().to(memory_format=torch.channels_last)
-    perceptual: dict[str, tuple[nn.Module, float]] = {}  # term -> network, share of the batch that it sees
-    if c.squeeze:
-        if c.squeezenet is None:
-            raise SystemExit("squeeze is not 0 but squeezenet names no weights: give their path, or set squeeze=0")
-        perceptual["squeeze"] = (SqueezeNetFeatures(Path(c.squeezenet)).to(memory_format=torch.channels_last), c.perceptual_share[0])
-    if c.stlpips:
-        perceptual["stlpips"] = (stlpips, c.perceptual_share[1])
+    stlpips = ShiftTolerantLPIPS().to(memory_format=torch.channels_last)  # measures, and may be a term
+    features = {
+        name: stlpips if name == "stlpips" else perceptual(name, c.squeezenet).to(memory_format=torch.channels_last)
+        for name in PERCEPTUAL
+        if c.losses.get(name)
+    }
+    adversary = Adversary(model.config.latent_channels, c.gan.kind, c.gan.lr, c.gan.memory) if c.gan.weight else None
+    last = [parameter for parameter in network.parameters() if parameter.ndim == 4][-1]
 
     step = 0
     if (out / "checkpoint.pt").exists():
@@ -213,10 +157,13 @@ def main() -> None:
         network.load_state_dict(state["network"])
         optimizer.load_state_dict(state["optimizer"])
         ema, step, autocast = state["ema"], state["step"], state["autocast"]
+        if adversary and "adversary" in state:
+            adversary.load_state_dict(state["adversary"])
 
     def checkpoint() -> None:
         state = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema}
-        save(out / "checkpoint.pt", {**state, "step": step, "autocast": autocast})
+        adversarial = {"adversary": adversary.state_dict()} if adversary else {}
+        save(out / "checkpoint.pt", {**state, **adversarial, "step": step, "autocast": autocast})
 
     def validate() -> dict[str, float]:
         trained = {key: value.clone() for key, value in network.state_dict().items()}
@@ -253,18 +200,26 @@ def main() -> None:
             group["lr"] = learning_rate(c, step)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             decoded = network(z).float()
-            error = decoded - target
-            terms = {"l1": error.abs().mean(), "mse": error.square().mean()}
-            for name, (distance, share) in perceptual.items():
-                rows = torch.randperm(len(z), generator=torch.Generator().manual_seed(step))[: max(1, round(len(z) * share))]
+            terms = {name: term(decoded, target) for name, term in PIXEL.items() if c.losses.get(name)}
+            for name, distance in features.items():
+                # A term may see a share of the batch, another one at each step.
+                seen_by = max(1, round(len(z) * c.perceptual_share.get(name, 1.0)))
+                rows = torch.randperm(len(z), generator=torch.Generator().manual_seed(step))[:seen_by]
                 terms[name] = distance(decoded[rows], target[rows])
-        loss = sum(getattr(c, name) * term.float() for name, term in terms.items())
+            loss = torch.stack([c.losses[name] * term.float() for name, term in terms.items()]).sum()
+            if adversary and step >= c.gan.start:
+                terms["gan"] = adversary.loss(decoded, target, z)
+                ratio = adaptive_ratio(loss, terms["gan"], last) if c.gan.adaptive else 1.0
+                loss = loss + c.gan.weight * ratio * terms["gan"].float()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(network.parameters(), c.clip)
         if not torch.isfinite(norm):
             raise SystemExit(f"the gradient is not finite at step {step}: lower lr; the last checkpoint is in {out}")
         optimizer.step()
+        if adversary and step >= c.gan.start:
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                terms["discriminator"] = torch.tensor(adversary.learn(decoded, target, z, step))
         step += 1
         decay = min(c.ema, step / (step + 10))
         with torch.no_grad():
