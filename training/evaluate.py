@@ -105,7 +105,8 @@ def tables(results: dict[str, Any]) -> str:
         )
     where = results["machine"]
     busy = " **The machine was busy: compare rows, do not quote.**" if where["load_before"] > 0.5 else ""
-    lines += ["", f"Median of 7, channels_last, {where['cpu']}, torch {where['torch']}.{busy}", ""]
+    lines += ["", f"Median of 7, channels_last, {where['cpu']}, torch {where['torch']}.{busy}"]
+    lines += [f"Below: means over {results['pictures']} held-out pictures.", ""]
     lines += [
         "| decoder | share of colour table | PSNR dB | SSIM | SSIMULACRA2 | ST-LPIPS | tint r g b, 1/255 | mean \\|tint\\| | flat colours dB (worst /255) |",
         "|---|---|---|---|---|---|---|---|---|",
