@@ -3,8 +3,12 @@
 import importlib
 import io
 import json
+import os
+import signal
+import subprocess
 import sys
 import tarfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -26,7 +30,10 @@ needs_shared = pytest.mark.skipif(not (SHARED / "weights").exists(), reason="nee
 @pytest.fixture(autouse=True)
 def _training_on_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.syspath_prepend(str(ROOT / "training"))
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}  # a run takes these over
     yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     for name in ("adversary", "config", "data", "latents", "losses", "validate", "train"):
         sys.modules.pop(name, None)
 
@@ -168,6 +175,37 @@ def test_a_run_that_was_stopped_equals_one_that_was_not(tmp_path: Path, monkeypa
     run = json.loads((tmp_path / "whole/model/run.json").read_text())
     assert run["steps"] == 12
     assert run["val"]["psnr"] > 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_run_that_is_killed_goes_on(number: signal.Signals, tmp_path: Path) -> None:
+    """Asked to end it saves where it is; killed it goes on from its last checkpoint. Either way the same command finishes it."""
+    command = [sys.executable, str(ROOT / "training/train.py"), config(tmp_path, "run"), "steps=100000", "save_every=1", "gan.weight=0"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    checkpoint = tmp_path / "run/checkpoint.pt"
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while not checkpoint.exists():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.2)
+    process.send_signal(number)
+    said = process.communicate(timeout=120)[0]
+    at = torch.load(checkpoint, weights_only=True)["step"]
+    if number != signal.SIGKILL:
+        assert f"stopped at step {at} of 100000; the same command goes on" in said
+    done = subprocess.run([*command, f"steps={at + 2}"], env=environment, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    run = json.loads((tmp_path / "run/model/run.json").read_text())
+    assert [start["step"] for start in run["starts"]] == [0, at]
+    assert run["steps"] == at + 2
+
+
+def test_a_folder_that_is_too_full_is_said_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train = module("train")
+    monkeypatch.setattr(train.shutil, "disk_usage", lambda _: train.shutil._ntuple_diskusage(1, 1, 1000))
+    monkeypatch.setattr(sys, "argv", ["train.py", config(tmp_path, "x")])
+    with pytest.raises(SystemExit, match=r"0 MB free and checkpoints need \d+ MB"):
+        train.main()
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,11 @@ stopped goes on where it was when it is called again.
 
 import json
 import math
+import shutil
+import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -108,6 +111,14 @@ def save(path: Path, state: dict[str, Any]) -> None:
     temporary.replace(path)
 
 
+def stop_requested() -> Callable[[], bool]:
+    """True once the process was asked to end (Ctrl-C, SIGTERM): the loop then ends at a whole step and saves."""
+    asked: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda received, _: asked.append(received))
+    return lambda: bool(asked)
+
+
 def summary(out: Path) -> dict[str, Any]:
     """What run.json says of a run, from its log: the configuration at every start, steps, hours, the last measurement."""
     entries = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
@@ -130,6 +141,7 @@ def main() -> None:
     c = read_config(sys.argv[1], sys.argv[2:])
     out = Path(c.out)
     out.mkdir(parents=True, exist_ok=True)
+    log = (out / "log.jsonl").open("a")  # a folder that cannot be written to fails now, not after an hour
     torch.manual_seed(c.seed)
 
     pictures = load_pictures(expand(c.pictures))
@@ -140,6 +152,10 @@ def main() -> None:
     network = model.decoder.to(memory_format=torch.channels_last).train()
     ema = {key: value.clone() for key, value in network.state_dict().items()}
     autocast = bfloat16_is_faster(network, model.config.latent_channels)
+
+    needed = 8 * sum(tensor.numel() * tensor.element_size() for tensor in ema.values())  # two checkpoints of four copies
+    if (free := shutil.disk_usage(out).free) < needed:
+        raise SystemExit(f"{out} has {free / 1e6:.0f} MB free and checkpoints need {needed / 1e6:.0f} MB: give another folder with out=")
 
     optimizer = torch.optim.AdamW(network.parameters(), lr=c.lr, betas=(0.9, 0.99), weight_decay=c.weight_decay, fused=True)
     stlpips = ShiftTolerantLPIPS().to(memory_format=torch.channels_last)  # measures, and may be a term
@@ -173,7 +189,6 @@ def main() -> None:
         network.train().load_state_dict(trained)
         return found
 
-    log = (out / "log.jsonl").open("a")
     log.write(json.dumps({"config": asdict(c), "step": step, "autocast": autocast}) + "\n")
     if c.baseline and step == 0:
         encoder.redraw(None)
@@ -184,6 +199,7 @@ def main() -> None:
     shard: Shard | None = None
     shard_key: tuple[int, int] | None = None
     seen: dict[str, float] = {}
+    asked_to_stop = stop_requested()
     bar = tqdm(initial=step, total=c.steps, disable=None, dynamic_ncols=True)
     while step < c.steps:
         # Everything random follows from the seed and the step, so that a resumed run is the run that was stopped.
@@ -239,6 +255,9 @@ def main() -> None:
             log.write(json.dumps({"step": step, "val": found}) + "\n")
             log.flush()
             bar.write(f"{step} {found}")
+        if asked_to_stop() and step < c.steps:
+            checkpoint()
+            raise SystemExit(f"stopped at step {step} of {c.steps}; the same command goes on from there")
 
     network.load_state_dict(ema)
     model.to(torch.float16).save_pretrained(out / "model")
