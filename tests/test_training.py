@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -151,8 +152,8 @@ def config(folder: Path, name: str) -> str:
 def test_a_run_that_was_stopped_equals_one_that_was_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train = module("train")
     # Timing decides between number formats; the two runs must not decide differently.
-    monkeypatch.setattr(train, "bfloat16_is_faster", lambda *_: False)
-    monkeypatch.setattr(sys, "argv", ["train.py", config(tmp_path, "whole")])
+    monkeypatch.setattr(train, "mixed_precision", lambda *_: "no")
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config", config(tmp_path, "whole")])
     train.main()
 
     rate = train.learning_rate
@@ -162,7 +163,7 @@ def test_a_run_that_was_stopped_equals_one_that_was_not(tmp_path: Path, monkeypa
             raise KeyboardInterrupt
         return rate(c, step)
 
-    monkeypatch.setattr(sys, "argv", ["train.py", config(tmp_path, "stopped")])
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config", config(tmp_path, "stopped")])
     monkeypatch.setattr(train, "learning_rate", stop_at_seven)
     with pytest.raises(KeyboardInterrupt):
         train.main()
@@ -181,7 +182,7 @@ def test_a_run_that_was_stopped_equals_one_that_was_not(tmp_path: Path, monkeypa
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_a_run_that_is_killed_goes_on(number: signal.Signals, tmp_path: Path) -> None:
     """Asked to end it saves where it is; killed it goes on from its last checkpoint. Either way the same command finishes it."""
-    command = [sys.executable, str(ROOT / "training/train.py"), config(tmp_path, "run"), "steps=100000", "save_every=1", "gan.weight=0"]
+    command = [sys.executable, str(ROOT / "training/train.py"), "--config", config(tmp_path, "run"), "steps=100000", "save_every=1", "gan.weight=0"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     checkpoint = tmp_path / "run/checkpoint.pt"
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -200,10 +201,24 @@ def test_a_run_that_is_killed_goes_on(number: signal.Signals, tmp_path: Path) ->
     assert run["steps"] == at + 2
 
 
+@pytest.mark.slow
+def test_two_processes_train_one_decoder(tmp_path: Path) -> None:
+    """Their gradients are averaged, so that both hold the same weights; one of them writes."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launch, str(ROOT / "training/train.py"), "--config", config(tmp_path, "run")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("finished") == 1
+    run = json.loads((tmp_path / "run/model/run.json").read_text())
+    assert (run["steps"], run["starts"][0]["processes"]) == (12, 2)
+    FastDecoder.from_pretrained(tmp_path / "run/model")
+
+
 def test_a_folder_that_is_too_full_is_said_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train = module("train")
     monkeypatch.setattr(train.shutil, "disk_usage", lambda _: train.shutil._ntuple_diskusage(1, 1, 1000))
-    monkeypatch.setattr(sys, "argv", ["train.py", config(tmp_path, "x")])
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config", config(tmp_path, "x")])
     with pytest.raises(SystemExit, match=r"0 MB free and checkpoints need \d+ MB"):
         train.main()
 
@@ -279,7 +294,7 @@ def test_the_adaptive_ratio_is_that_of_the_gradients() -> None:
 
 def test_a_discriminator_learns_to_tell_and_leaves_the_decoder_alone() -> None:
     torch.manual_seed(0)
-    adversary = module("adversary").Adversary(4, "hinge", lr=1e-3, memory=6, width=8)
+    adversary = module("adversary").Adversary(4, "hinge", lr=1e-3, memory=6, accelerator=Accelerator(), width=8)
     z, target = torch.randn(4, 4, 4, 4), torch.rand(4, 3, 32, 32) * 2 - 1
     decoded = (target * 0.3).requires_grad_()
     losses = [adversary.learn(decoded, target, z, step) for step in range(40)]

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
@@ -54,15 +55,17 @@ class Adversary:
     """A discriminator with its optimiser and a memory of earlier fakes.
 
     Half of the fakes that the discriminator learns from are old ones, so that the decoder cannot win by going in circles
-    (FIELD 2b, seraena). Which ones follows from the step, so that a resumed run is the run that was stopped.
+    (FIELD 2b, seraena). Which ones follows from a seed, so that a resumed run is the run that was stopped.
     """
 
-    def __init__(self, latent_channels: int, kind: str, lr: float, memory: int, width: int = 64) -> None:
-        self.kind = kind
-        self.network = PatchDiscriminator(latent_channels, width).to(memory_format=torch.channels_last)
+    def __init__(
+        self, latent_channels: int, kind: str, lr: float, memory: int, accelerator: Accelerator, width: int = 64
+    ) -> None:
+        self.kind, self.accelerator = kind, accelerator
+        self.network = PatchDiscriminator(latent_channels, width).to(accelerator.device).to(memory_format=torch.channels_last)
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=lr, betas=(0.5, 0.9))
         self.memory = memory
-        self.pictures: list[Tensor] = []  # uint8
+        self.pictures: list[Tensor] = []  # uint8; in main memory, each process its own
         self.latents: list[Tensor] = []
 
     def loss(self, decoded: Tensor, target: Tensor, z: Tensor) -> Tensor:
@@ -71,20 +74,23 @@ class Adversary:
             real = self.network(target, z)
         return decoder_loss(self.kind, self.network(decoded, z), real)
 
-    def learn(self, decoded: Tensor, target: Tensor, z: Tensor, step: int) -> float:
+    def learn(self, decoded: Tensor, target: Tensor, z: Tensor, seed: int) -> float:
         """One step of the discriminator; returns its loss. `decoded` is not differentiated."""
-        generator = torch.Generator().manual_seed(step)
+        generator = torch.Generator().manual_seed(seed)
         fake, given = decoded.detach().clone(), z.clone()
         fitting = [i for i, picture in enumerate(self.pictures) if picture.shape == fake.shape[1:]]
         for row in range(1, len(fake), 2) if fitting else ():
             old = fitting[int(torch.randint(len(fitting), (1,), generator=generator))]
-            fake[row], given[row] = self.pictures[old] / 127.5 - 1, self.latents[old]
+            fake[row], given[row] = (self.pictures[old] / 127.5 - 1).to(fake), self.latents[old].to(given)
         for picture, latent in zip(decoded.detach(), z, strict=True):
-            self._remember(((picture.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8), latent.clone(), generator)
+            self._remember(((picture.clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8), latent.cpu().clone(), generator)
         self.network.requires_grad_(True)
         loss = discriminator_loss(self.kind, self.network(fake, given), self.network(target, z))
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        if self.accelerator.num_processes > 1:  # as DistributedDataParallel does; the weights stay alike in all processes
+            for parameter in self.network.parameters():
+                parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
         self.optimizer.step()
         return loss.item()
 

@@ -21,7 +21,8 @@ def load_pictures(shards: Sequence[str | Path]) -> list[Tensor]:
     """
     if not shards:
         raise FileNotFoundError("expected at least one shard (.tar) of pictures, found none; check the data patterns of the config")
-    dataset = webdataset.WebDataset([str(shard) for shard in shards], shardshuffle=False, empty_check=False)
+    # Every process reads every shard: they differ in the crops that they draw.
+    dataset = webdataset.WebDataset([str(s) for s in shards], shardshuffle=False, empty_check=False, nodesplitter=lambda every: every)
     pictures = []
     for sample in dataset:
         data = next((sample[key] for key in ("jpg", "jpeg", "png", "webp") if key in sample), None)

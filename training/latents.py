@@ -5,6 +5,7 @@ its stored weights were rounded to float8, so they are drawn anew inside the rou
 so a share of a colour table is added; and real flat colours are known, so their latents are used with texture transplanted.
 """
 
+from typing import Self
 
 import torch
 from safetensors.torch import load_file
@@ -20,10 +21,17 @@ class StandInEncoder:
 
     def __init__(self, space: LatentSpace, colour_table: str | None = None, colours: str | None = None) -> None:
         self.channels = space.channels
+        self.device = torch.device("cpu")
         self.network = load_tiny_encoder(space).float().to(memory_format=torch.channels_last)
         self.stored = {key: value.clone() for key, value in self.network.state_dict().items()}
         self.table = load_file(colour_table)["delta"] if colour_table else None
         self.colours = load_file(colours) if colours else None
+
+    def to(self, device: torch.device) -> Self:
+        """Encode there. What goes in and comes out stays in main memory."""
+        self.device = device
+        self.network.to(device)
+        return self
 
     def redraw(self, generator: torch.Generator | None) -> None:
         """Draw every convolution weight inside the box that float8 (e4m3) rounding left open; None gives back the stored ones."""
@@ -36,9 +44,8 @@ class StandInEncoder:
         self.network.load_state_dict(drawn)
 
     @torch.no_grad()
-    def encode(self, pictures: Tensor, autocast: bool = False) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            return self.network(pictures.contiguous(memory_format=torch.channels_last)).float()
+    def encode(self, pictures: Tensor) -> Tensor:
+        return self.network(pictures.to(self.device).contiguous(memory_format=torch.channels_last)).float().cpu()
 
     def table_at(self, pictures: Tensor) -> Tensor:
         """What the colour table would add to the latents of these pictures: real minus stand-in, (N, C, H/8, W/8)."""
@@ -51,7 +58,7 @@ class StandInEncoder:
         )
         return delta[:, :, 0]
 
-    def transplant(self, texture: Tensor, amplitude: Tensor, index: Tensor, autocast: bool = False) -> tuple[Tensor, Tensor]:
+    def transplant(self, texture: Tensor, amplitude: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         """Real colours with a texture on them: latents real(c) + E(c + t) - E(c) and their target c + t.
 
         Args:
@@ -64,5 +71,5 @@ class StandInEncoder:
         residual = texture - texture.mean(dim=(2, 3), keepdim=True)
         target = (flat + amplitude[:, None, None, None] * residual).clamp(-1, 1)
         real = self.colours["latent"][index][:, :, None, None]
-        both = self.encode(torch.cat([target, flat]), autocast)
+        both = self.encode(torch.cat([target, flat]))
         return real + both[: len(target)] - both[len(target) :], target

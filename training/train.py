@@ -1,14 +1,16 @@
-"""Train a decoder on pictures: python training/train.py training/configs/subpixel-sdxl.yaml [key=value ...]
+"""Train a decoder on pictures, on one device or with `accelerate launch` on many.
+
+    python training/train.py --config training/configs/subpixel-sdxl.yaml [key=value ...]
 
 Reads from top to bottom: data, helpers, then the run: model, optimiser, loop. The knobs are in config.py. A run that was
 stopped goes on where it was when it is called again.
 """
 
+import argparse
 import json
 import math
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -18,6 +20,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from adversary import Adversary, adaptive_ratio
 from config import Config, expand, read_config
 from data import load_pictures, random_crop
@@ -46,9 +50,9 @@ def shard_count(c: Config, size: int) -> int:
     return max(64, int(c.shard * (128 / size) ** 2))
 
 
-def make_shard(c: Config, pictures: list[Tensor], encoder: StandInEncoder, size: int, index: int, autocast: bool) -> Shard:
-    """Crop first, then encode the crop: every latent belongs to the whole of its target (DESIGN 5)."""
-    rng = np.random.default_rng((c.seed, size, index))
+def make_shard(c: Config, pictures: list[Tensor], encoder: StandInEncoder, size: int, index: int, accelerator: Accelerator) -> Shard:
+    """Crop first, then encode the crop: every latent belongs to the whole of its target (DESIGN 5). Each process has its own."""
+    rng = np.random.default_rng((c.seed, size, index, accelerator.process_index))
     generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
     if c.stand_in.redraw:
         encoder.redraw(generator)
@@ -56,22 +60,25 @@ def make_shard(c: Config, pictures: list[Tensor], encoder: StandInEncoder, size:
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     for start in tqdm(range(0, count, 32), desc=f"latents of shard {index}", leave=False, disable=None):
         crops = torch.stack([random_crop(pictures, size, rng) for _ in range(min(32, count - start))])
-        latents, table = encoder.encode(crops, autocast), encoder.table_at(crops)
+        with accelerator.autocast():
+            latents = encoder.encode(crops)
+        table = encoder.table_at(crops)
         if encoder.colours is not None and (n := round(len(crops) * c.stand_in.transplants)):
             # A third quite flat, the rest from hardly visible to photographic: flatness is never the cue.
             amplitude = torch.where(
                 torch.rand(n, generator=generator) < 1 / 3, 0.0, 10 ** (-2 * torch.rand(n, generator=generator))
             )
             colours = torch.randint(len(encoder.colours["srgb"]), (n,), generator=generator)
-            latents[:n], crops[:n] = encoder.transplant(crops[:n], amplitude, colours, autocast)
+            with accelerator.autocast():
+                latents[:n], crops[:n] = encoder.transplant(crops[:n], amplitude, colours)
             table[:n] = 0
         parts.append((latents, table, ((crops + 1) * 127.5).round().to(torch.uint8)))
     return Shard(*(torch.cat(p) for p in zip(*parts, strict=True)))
 
 
-def draw_batch(c: Config, shard: Shard, rows: Tensor, step: int) -> tuple[Tensor, Tensor]:
+def draw_batch(c: Config, shard: Shard, rows: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     """Latents with a share of the colour table and a little noise, drawn anew at every use, and their targets."""
-    generator = torch.Generator().manual_seed(c.seed * 7_000_003 + step)
+    generator = torch.Generator().manual_seed(seed)
     low, high = c.stand_in.table_share
     share = low + (high - low) * torch.rand(len(rows), 1, 1, 1, generator=generator)
     sigma = c.stand_in.noise * torch.rand(len(rows), 1, 1, 1, generator=generator)
@@ -83,19 +90,21 @@ def draw_batch(c: Config, shard: Shard, rows: Tensor, step: int) -> tuple[Tensor
 # ---------------------------------------------------------------- helpers
 
 
-def bfloat16_is_faster(network: nn.Module, channels: int) -> bool:
-    """Times one step each way: on a CPU with AMX or AVX512-BF16 bfloat16 wins, on others it loses (DESIGN 4)."""
+def mixed_precision(network: nn.Module, channels: int) -> str:
+    """ "bf16" or "no". On a CPU one step is timed each way: with AMX or AVX512-BF16 bfloat16 wins, without it loses (DESIGN 4)."""
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported() else "no"
     z = torch.randn(4, channels, 16, 16).contiguous(memory_format=torch.channels_last)
     seconds = {}
-    for autocast in (False, True):
+    for precision in ("no", "bf16"):
         for _ in range(3):  # the last one counts
             start = time.perf_counter()
-            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
                 y = network(z)
             y.float().abs().mean().backward()
-            seconds[autocast] = time.perf_counter() - start
+            seconds[precision] = time.perf_counter() - start
             network.zero_grad(set_to_none=True)
-    return seconds[True] < seconds[False]
+    return min(seconds, key=lambda precision: seconds[precision])
 
 
 def learning_rate(c: Config, step: int) -> float:
@@ -136,9 +145,11 @@ def summary(out: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    if len(sys.argv) < 2:
-        raise SystemExit(__doc__)
-    c = read_config(sys.argv[1], sys.argv[2:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="YAML file; its keys are those of Config in config.py")
+    parser.add_argument("changes", nargs="*", metavar="key=value", help="changes to it")
+    arguments = parser.parse_args()
+    c = read_config(arguments.config, arguments.changes)
     out = Path(c.out)
     out.mkdir(parents=True, exist_ok=True)
     log = (out / "log.jsonl").open("a")  # a folder that cannot be written to fails now, not after an hour
@@ -146,61 +157,69 @@ def main() -> None:
 
     pictures = load_pictures(expand(c.pictures))
     val = load_pictures(expand(c.val_pictures))[:: max(1, 200 // c.val_count)][: c.val_count]
-    arguments = dict(c.decoder)
-    model = FastDecoder.families[arguments.pop("_class_name")](**arguments)
-    encoder = StandInEncoder(model.latent_space, c.stand_in.colour_table, c.stand_in.colours)
+    family = dict(c.decoder)
+    model = FastDecoder.families[family.pop("_class_name")](**family)
     network = model.decoder.to(memory_format=torch.channels_last).train()
-    ema = {key: value.clone() for key, value in network.state_dict().items()}
-    autocast = bfloat16_is_faster(network, model.config.latent_channels)
+    size = sum(parameter.numel() * parameter.element_size() for parameter in network.parameters())
+    if (free := shutil.disk_usage(out).free) < 8 * size:  # two checkpoints of network, EMA and the optimiser's two moments
+        raise SystemExit(f"{out} has {free / 1e6:.0f} MB free and checkpoints need {8 * size / 1e6:.0f} MB: give another folder with out=")
 
-    needed = 8 * sum(tensor.numel() * tensor.element_size() for tensor in ema.values())  # two checkpoints of four copies
-    if (free := shutil.disk_usage(out).free) < needed:
-        raise SystemExit(f"{out} has {free / 1e6:.0f} MB free and checkpoints need {needed / 1e6:.0f} MB: give another folder with out=")
-
-    optimizer = torch.optim.AdamW(network.parameters(), lr=c.lr, betas=(0.9, 0.99), weight_decay=c.weight_decay, fused=True)
-    stlpips = ShiftTolerantLPIPS().to(memory_format=torch.channels_last)  # measures, and may be a term
+    state = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True) if (out / "checkpoint.pt").exists() else None
+    precision = state["precision"] if state else mixed_precision(network, model.config.latent_channels)
+    cpu = not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
+    PartialState(cpu=cpu)  # the processes meet
+    accelerator = Accelerator(mixed_precision=broadcast_object_list([precision])[0], cpu=cpu)
+    device, rank = accelerator.device, accelerator.process_index
+    encoder = StandInEncoder(model.latent_space, c.stand_in.colour_table, c.stand_in.colours).to(device)
+    stlpips = ShiftTolerantLPIPS().to(device).to(memory_format=torch.channels_last)  # measures, and may be a term
     features = {
-        name: stlpips if name == "stlpips" else perceptual(name, c.squeezenet).to(memory_format=torch.channels_last)
+        name: stlpips if name == "stlpips" else perceptual(name, c.squeezenet).to(device).to(memory_format=torch.channels_last)
         for name in PERCEPTUAL
         if c.losses.get(name)
     }
-    adversary = Adversary(model.config.latent_channels, c.gan.kind, c.gan.lr, c.gan.memory) if c.gan.weight else None
+    adversary = Adversary(model.config.latent_channels, c.gan.kind, c.gan.lr, c.gan.memory, accelerator) if c.gan.weight else None
     last = [parameter for parameter in network.parameters() if parameter.ndim == 4][-1]
+    optimizer = torch.optim.AdamW(network.parameters(), lr=c.lr, betas=(0.9, 0.99), weight_decay=c.weight_decay, fused=True)
+    wrapped, optimizer = accelerator.prepare(network, optimizer)
+    ema = {key: value.clone() for key, value in network.state_dict().items()}
 
     step = 0
-    if (out / "checkpoint.pt").exists():
-        state = torch.load(out / "checkpoint.pt", weights_only=True)
+    if state:
         network.load_state_dict(state["network"])
         optimizer.load_state_dict(state["optimizer"])
-        ema, step, autocast = state["ema"], state["step"], state["autocast"]
+        ema, step = {key: value.to(device) for key, value in state["ema"].items()}, state["step"]
         if adversary and "adversary" in state:
             adversary.load_state_dict(state["adversary"])
 
     def checkpoint() -> None:
         state = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema}
         adversarial = {"adversary": adversary.state_dict()} if adversary else {}
-        save(out / "checkpoint.pt", {**state, **adversarial, "step": step, "autocast": autocast})
+        save(out / "checkpoint.pt", {**state, **adversarial, "step": step, "precision": precision})
 
     def validate() -> dict[str, float]:
         trained = {key: value.clone() for key, value in network.state_dict().items()}
         network.load_state_dict(ema)
         encoder.redraw(None)
-        found = measure(network.eval(), encoder, val, share=0.5, stlpips=stlpips)
+        network.eval()
+        found = measure(lambda z: network(z.to(device)).cpu(), encoder, val, share=0.5, stlpips=stlpips)
         network.train().load_state_dict(trained)
         return found
 
-    log.write(json.dumps({"config": asdict(c), "step": step, "autocast": autocast}) + "\n")
-    if c.baseline and step == 0:
+    def note(**entry: Any) -> None:
+        if accelerator.is_main_process:
+            log.write(json.dumps(entry) + "\n")
+            log.flush()
+
+    note(config=asdict(c), step=step, precision=precision, processes=accelerator.num_processes)
+    if c.baseline and step == 0 and accelerator.is_main_process:
         encoder.redraw(None)
-        baseline = measure(FastDecoder.from_pretrained(c.baseline).decoder, encoder, val, share=0.5, stlpips=stlpips)
-        log.write(json.dumps({"baseline": baseline}) + "\n")
-        print("baseline", baseline)
+        note(baseline=measure(FastDecoder.from_pretrained(c.baseline).decoder, encoder, val, share=0.5, stlpips=stlpips))
 
     shard: Shard | None = None
     shard_key: tuple[int, int] | None = None
     seen: dict[str, float] = {}
     asked_to_stop = stop_requested()
-    bar = tqdm(initial=step, total=c.steps, disable=None, dynamic_ncols=True)
+    bar = tqdm(initial=step, total=c.steps, disable=None if accelerator.is_main_process else True, dynamic_ncols=True)
     while step < c.steps:
         # Everything random follows from the seed and the step, so that a resumed run is the run that was stopped.
         first, size, batch = max((round(share * c.steps), int(px), int(n)) for share, px, n in c.crops if share * c.steps <= step)
@@ -208,19 +227,20 @@ def main() -> None:
         epoch, place = divmod(step - first, count // batch)
         key = (size, epoch // c.epochs_per_shard)
         if shard is None or key != shard_key:
-            shard, shard_key = make_shard(c, pictures, encoder, size, key[1], autocast), key
+            shard, shard_key = make_shard(c, pictures, encoder, size, key[1], accelerator), key
         order = torch.randperm(count, generator=torch.Generator().manual_seed(c.seed + 31 * epoch))
-        z, target = draw_batch(c, shard, order[place * batch : (place + 1) * batch], step)
+        seed = (c.seed * 7_000_003 + step) * accelerator.num_processes + rank
+        z, target = (t.to(device) for t in draw_batch(c, shard, order[place * batch : (place + 1) * batch], seed))
 
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(c, step)
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            decoded = network(z).float()
+        with accelerator.autocast():
+            decoded = wrapped(z).float()
             terms = {name: term(decoded, target) for name, term in PIXEL.items() if c.losses.get(name)}
             for name, distance in features.items():
                 # A term may see a share of the batch, another one at each step.
                 seen_by = max(1, round(len(z) * c.perceptual_share.get(name, 1.0)))
-                rows = torch.randperm(len(z), generator=torch.Generator().manual_seed(step))[:seen_by]
+                rows = torch.randperm(len(z), generator=torch.Generator().manual_seed(seed))[:seen_by]
                 terms[name] = distance(decoded[rows], target[rows])
             loss = torch.stack([c.losses[name] * term.float() for name, term in terms.items()]).sum()
             if adversary and step >= c.gan.start:
@@ -228,14 +248,14 @@ def main() -> None:
                 ratio = adaptive_ratio(loss, terms["gan"], last) if c.gan.adaptive else 1.0
                 loss = loss + c.gan.weight * ratio * terms["gan"].float()
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(network.parameters(), c.clip)
+        accelerator.backward(loss)
+        norm = accelerator.clip_grad_norm_(network.parameters(), c.clip)
         if not torch.isfinite(norm):
             raise SystemExit(f"the gradient is not finite at step {step}: lower lr; the last checkpoint is in {out}")
         optimizer.step()
         if adversary and step >= c.gan.start:
-            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                terms["discriminator"] = torch.tensor(adversary.learn(decoded, target, z, step))
+            with accelerator.autocast():
+                terms["discriminator"] = torch.tensor(adversary.learn(decoded, target, z, seed))
         step += 1
         decay = min(c.ema, step / (step + 10))
         with torch.no_grad():
@@ -246,24 +266,23 @@ def main() -> None:
             seen[name] = 0.98 * seen.get(name, term.item()) + 0.02 * term.item()
         bar.update()
         bar.set_postfix({name: f"{value:.4f}" for name, value in seen.items()})
-        if step % c.save_every == 0 or step == c.steps:
+        stopped = asked_to_stop()
+        if accelerator.is_main_process and (stopped or step % c.save_every == 0 or step == c.steps):
             checkpoint()
-            log.write(json.dumps({"step": step, "time": round(time.time()), "norm": norm.item(), **seen}) + "\n")
-            log.flush()
-        if step % c.val_every == 0 or step == c.steps:
+            note(step=step, time=round(time.time()), norm=norm.item(), **seen)
+        if accelerator.is_main_process and (step % c.val_every == 0 or step == c.steps):
             found = validate()
-            log.write(json.dumps({"step": step, "val": found}) + "\n")
-            log.flush()
+            note(step=step, val=found)
             bar.write(f"{step} {found}")
-        if asked_to_stop() and step < c.steps:
-            checkpoint()
+        if stopped and step < c.steps:
             raise SystemExit(f"stopped at step {step} of {c.steps}; the same command goes on from there")
 
-    network.load_state_dict(ema)
-    model.to(torch.float16).save_pretrained(out / "model")
-    log.close()
-    (out / "model" / "run.json").write_text(json.dumps({**summary(out), "torch": torch.__version__}, indent=1) + "\n")
-    print(f"finished: the decoder is in {out / 'model'}")
+    if accelerator.is_main_process:
+        network.load_state_dict(ema)
+        model.to("cpu", torch.float16).save_pretrained(out / "model")
+        log.close()
+        (out / "model" / "run.json").write_text(json.dumps({**summary(out), "torch": torch.__version__}, indent=1) + "\n")
+        print(f"finished: the decoder is in {out / 'model'}")
 
 
 if __name__ == "__main__":

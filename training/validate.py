@@ -32,12 +32,13 @@ def measure_picture(y: Tensor, x: Tensor, stlpips: ShiftTolerantLPIPS, thorough:
 
     PSNR in dB; signed tint per channel and its size in 1/255; ST-LPIPS; and if `thorough` SSIM and SSIMULACRA2, which are slow.
     """
+    device = next(stlpips.parameters()).device
     a, b = to_bytes(y), to_bytes(x)
     error = a.float() - b.float()
     tint = error.mean(dim=(0, 2, 3))
     found = {
         "psnr": (20 * torch.log10(255 / error.square().mean().sqrt().clamp_min(1e-3))).item(),
-        "stlpips": stlpips(a.float() / 127.5 - 1, b.float() / 127.5 - 1).item(),
+        "stlpips": stlpips(*(t.to(device).float() / 127.5 - 1 for t in (a, b))).item(),
         **{f"tint_{c}": value for c, value in zip("rgb", tint.tolist(), strict=True)},
         "tint_size": tint.abs().mean().item(),
     }
