@@ -9,7 +9,6 @@ With --write the results go to hub_cards/<first decoder>/results.json and the ta
 
 import argparse
 import json
-import os
 import platform
 import re
 import statistics
@@ -34,7 +33,7 @@ SHARES = (0.0, 0.5, 1.0)
 
 
 @torch.inference_mode()
-def quality(decoders: dict[str, FastDecoder], encoder: StandInEncoder, pictures: list[torch.Tensor]) -> dict[str, Any]:
+def quality(decoders: dict[str, FastDecoder], encoder: StandInEncoder, pictures: list[torch.Tensor], every: int) -> dict[str, Any]:
     stlpips = ShiftTolerantLPIPS()
     networks = {name: decoder.decoder for name, decoder in decoders.items()}
     found: dict[str, Any] = {name: {"rows": {}} for name in networks}
@@ -47,7 +46,7 @@ def quality(decoders: dict[str, FastDecoder], encoder: StandInEncoder, pictures:
             found[name][f"a={share}"] = {key: float(np.mean([row[key] for row in values])) for key in values[0]}
             found[name]["rows"][f"a={share}"] = values
     for name, network in networks.items():
-        found[name]["flat"] = flat_colours(network, encoder)
+        found[name]["flat"] = flat_colours(network, encoder, every)
     return found
 
 
@@ -78,12 +77,24 @@ def speed(decoders: dict[str, FastDecoder], repeats: int = 7) -> dict[str, Any]:
     return found
 
 
+def busy(seconds: float = 3.0) -> float:
+    """Share of this machine's processor time that others use while this process sleeps."""
+
+    def read() -> list[int]:
+        return [int(n) for n in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
+
+    before = read()
+    time.sleep(seconds)
+    used = [b - a for a, b in zip(before, read(), strict=True)]
+    return 1 - (used[3] + used[4]) / max(1, sum(used))  # idle and waiting for the disk
+
+
 def machine() -> dict[str, Any]:
     model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "")
     flags = [flag for flag in ("amx_bf16", "avx512_bf16") if flag in Path("/proc/cpuinfo").read_text()]
     return {
         "cpu": f"{model or platform.processor()}, {torch.get_num_threads()} threads, {' '.join(flags) or 'no bfloat16 instructions'}",
-        "load_before": round(os.getloadavg()[0], 2),
+        "busy_before": round(busy(), 3),
         **{package: version(package) for package in ("torch", "diffusers")},
     }
 
@@ -104,9 +115,9 @@ def tables(results: dict[str, Any]) -> str:
             f"| `{name}` | {preset.parameters / 1e6:.2f} M | {preset.megabytes:.1f} | {preset.mac_per_pixel / 1e3:.0f} K | {cells[0]} | {cells[1]} |"
         )
     where = results["machine"]
-    busy = " **The machine was busy: compare rows, do not quote.**" if where["load_before"] > 0.5 else ""
+    busy = " **The machine was busy: compare rows, do not quote.**" if where["busy_before"] > 0.1 else ""
     lines += ["", f"Median of 7, channels_last, {where['cpu']}, torch {where['torch']}.{busy}"]
-    lines += [f"Below: means over {results['pictures']} held-out pictures.", ""]
+    lines += [f"Below: means over {results['pictures']} held-out pictures, and {results['flat_colours']} flat colours.", ""]
     lines += [
         "| decoder | share of colour table | PSNR dB | SSIM | SSIMULACRA2 | ST-LPIPS | tint r g b, 1/255 | mean \\|tint\\| | flat colours dB (worst /255) |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -128,6 +139,7 @@ def main() -> None:
     parser.add_argument("config")
     parser.add_argument("decoders", nargs="+", help="presets or folders")
     parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--every", type=int, default=1, help="of the flat colours, take each such one")
     parser.add_argument("--write", action="store_true")
     arguments = parser.parse_args()
     where = machine()
@@ -140,8 +152,9 @@ def main() -> None:
     times = speed(decoders)
     for decoder in decoders.values():
         decoder.decoder.float()
-    measured = quality(decoders, encoder, pictures)
-    results: dict[str, Any] = {"machine": where, "pictures": len(pictures), "decoders": {}}
+    measured = quality(decoders, encoder, pictures, arguments.every)
+    colours = len(encoder.colours["srgb"][:: arguments.every]) if encoder.colours else 0
+    results: dict[str, Any] = {"machine": where, "pictures": len(pictures), "flat_colours": colours, "decoders": {}}
     for name in decoders:
         measured[name].pop("rows")
         results["decoders"][name] = {**measured[name], "speed": times[name]}
