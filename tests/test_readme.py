@@ -13,16 +13,12 @@ from .pipelines import tiny
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-needs_weights = pytest.mark.skipif(
-    not (ROOT / "hub_cards/subpixel-sdxl/config.json").exists(), reason="the weights of subpixel-sdxl are not in this checkout"
-)
 
 
 def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
-@needs_weights
 def test_code_blocks_run_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from_disk = DiffusionPipeline.from_pretrained.__func__  # type: ignore[attr-defined]
 
@@ -49,7 +45,6 @@ def test_code_blocks_run_one_after_the_other(tmp_path: Path, monkeypatch: pytest
     assert len(names["frames"]) == 2  # type: ignore[arg-type]
 
 
-@needs_weights
 @pytest.mark.slow
 @pytest.mark.parametrize("line", [line for block in blocks("sh") for line in block.splitlines() if line.startswith("fld ")])
 def test_commands_run(line: str, tmp_path: Path) -> None:

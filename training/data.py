@@ -34,6 +34,11 @@ def load_pictures(shards: Sequence[str | Path]) -> list[Tensor]:
     return pictures
 
 
+def spread(pictures: list[Tensor], count: int) -> list[Tensor]:
+    """`count` of the pictures, evenly spread."""
+    return pictures[:: max(1, len(pictures) // count)][:count]
+
+
 def random_crop(pictures: Sequence[Tensor], size: int, rng: np.random.Generator, colour: float = 0.05) -> Tensor:
     """One crop (3, size, size) in [-1, 1]: random picture, scale, place and flip, and now and then other colours.
 

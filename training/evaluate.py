@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from data import load_pictures
+from data import load_pictures, spread
 from latents import StandInEncoder
 from losses import ShiftTolerantLPIPS
 from tqdm import tqdm
@@ -36,15 +36,14 @@ SHARES = (0.0, 0.5, 1.0)
 def quality(decoders: dict[str, FastDecoder], encoder: StandInEncoder, pictures: list[torch.Tensor], every: int) -> dict[str, Any]:
     stlpips = ShiftTolerantLPIPS()
     networks = {name: decoder.decoder for name, decoder in decoders.items()}
-    found: dict[str, Any] = {name: {"rows": {}} for name in networks}
-    for share in SHARES:
-        rows: dict[str, list[dict[str, float]]] = {name: [] for name in networks}
-        for x, z in tqdm(latents_of(encoder, pictures, share), total=len(pictures), desc=f"table x {share}", disable=None):
-            for name, network in networks.items():
-                rows[name].append(measure_picture(network(z.contiguous(memory_format=torch.channels_last)), x, stlpips))
-        for name, values in rows.items():
-            found[name][f"a={share}"] = {key: float(np.mean([row[key] for row in values])) for key in values[0]}
-            found[name]["rows"][f"a={share}"] = values
+    rows: dict[tuple[str, float], list[dict[str, float]]] = {(name, share): [] for name in networks for share in SHARES}
+    for x, z, table in tqdm(latents_of(encoder, pictures), total=len(pictures), disable=None):
+        for (name, share), values in rows.items():
+            latents = (z + share * table).contiguous(memory_format=torch.channels_last)
+            values.append(measure_picture(networks[name](latents), x, stlpips))
+    found: dict[str, Any] = {name: {} for name in networks}
+    for (name, share), values in rows.items():
+        found[name][f"a={share}"] = {key: float(np.mean([row[key] for row in values])) for key in values[0]}
     for name, network in networks.items():
         found[name]["flat"] = flat_colours(network, encoder, every)
     return found
@@ -144,8 +143,7 @@ def main() -> None:
     arguments = parser.parse_args()
     where = machine()
     config = read_config(arguments.config, [])
-    pictures = load_pictures(expand(config.val_pictures))
-    pictures = pictures[:: max(1, len(pictures) // arguments.count)][: arguments.count]
+    pictures = spread(load_pictures(expand(config.val_pictures)), arguments.count)
     decoders = {name: FastDecoder.from_pretrained(name).eval() for name in arguments.decoders}
     encoder = StandInEncoder(next(iter(decoders.values())).latent_space, config.stand_in.colour_table, config.stand_in.colours)
 
@@ -156,7 +154,6 @@ def main() -> None:
     colours = len(encoder.colours["srgb"][:: arguments.every]) if encoder.colours else 0
     results: dict[str, Any] = {"machine": where, "pictures": len(pictures), "flat_colours": colours, "decoders": {}}
     for name in decoders:
-        measured[name].pop("rows")
         results["decoders"][name] = {**measured[name], "speed": times[name]}
     print(tables(results))
     if arguments.write:

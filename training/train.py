@@ -24,7 +24,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from adversary import Adversary, adaptive_ratio
 from config import Config, expand, read_config
-from data import load_pictures, random_crop
+from data import load_pictures, random_crop, spread
 from latents import StandInEncoder
 from losses import PERCEPTUAL, PIXEL, ShiftTolerantLPIPS, perceptual
 from torch import Tensor, nn
@@ -156,7 +156,7 @@ def main() -> None:
     torch.manual_seed(c.seed)
 
     pictures = load_pictures(expand(c.pictures))
-    val = load_pictures(expand(c.val_pictures))[:: max(1, 200 // c.val_count)][: c.val_count]
+    val = spread(load_pictures(expand(c.val_pictures)), c.val_count)
     family = dict(c.decoder)
     model = FastDecoder.families[family.pop("_class_name")](**family)
     network = model.decoder.to(memory_format=torch.channels_last).train()

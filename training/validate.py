@@ -15,11 +15,11 @@ from torch import Tensor
 Decode = Callable[[Tensor], Tensor]  # scaled latents (N, C, h, w) to pictures (N, 3, 8h, 8w) in [-1, 1]
 
 
-def latents_of(encoder: StandInEncoder, pictures: list[Tensor], share: float) -> Iterator[tuple[Tensor, Tensor]]:
-    """Each picture (1, 3, H, W) in [-1, 1] with its latents: the encoder's plus `share` of the colour table."""
+def latents_of(encoder: StandInEncoder, pictures: list[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Each picture (1, 3, H, W) in [-1, 1] with the encoder's latents of it and what all of the colour table would add to them."""
     for picture in pictures:
         x = picture[None].float() / 127.5 - 1
-        yield x, encoder.encode(x) + share * encoder.table_at(x)
+        yield x, encoder.encode(x), encoder.table_at(x)
 
 
 def to_bytes(y: Tensor) -> Tensor:
@@ -78,6 +78,6 @@ def flat_colours(decode: Decode, encoder: StandInEncoder, every: int = 1) -> dic
 @torch.no_grad()
 def measure(decode: Decode, encoder: StandInEncoder, pictures: list[Tensor], share: float, stlpips: ShiftTolerantLPIPS) -> dict[str, float]:
     """Quick means for the log of a training run."""
-    rows = [measure_picture(decode(z), x, stlpips, thorough=False) for x, z in latents_of(encoder, pictures, share)]
+    rows = [measure_picture(decode(z + share * table), x, stlpips, thorough=False) for x, z, table in latents_of(encoder, pictures)]
     means = {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
     return {key: round(value, 4) for key, value in {**means, **flat_colours(decode, encoder, every=97)}.items()}

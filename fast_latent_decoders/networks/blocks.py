@@ -67,12 +67,18 @@ class ResidualBlock(nn.Module):
         for i in range(convs):
             layers += [nn.ReLU()] if i else []
             layers += [nn.Conv2d(width, width, 3, padding=1)]
-        for parameter in layers[-1].parameters():
-            nn.init.zeros_(parameter)
+        zero_init(layers[-1])
         self.conv = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.conv(x)
+
+
+def zero_init(module: nn.Module) -> nn.Module:
+    """All parameters zero: what a residual branch ends with, so that a new block is the identity."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
 
 
 class SubpixelUp(nn.Sequential):

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .blocks import zero_init
 from .tae import TAENetwork
 
 MID_BLOCKS = ("upsampled", "latent")
@@ -137,9 +138,3 @@ class SpatialAttention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (N, heads, h*w, C / heads) each
         tokens = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         return x + self.out(tokens).transpose(1, 2).unflatten(2, x.shape[2:])
-
-
-def zero_init(module: nn.Module) -> nn.Module:
-    for parameter in module.parameters():
-        nn.init.zeros_(parameter)
-    return module
