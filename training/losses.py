@@ -40,8 +40,13 @@ def ms_ssim(decoded: Tensor, target: Tensor) -> Tensor:
     return 1 - similarity(decoded.float(), target, data_range=2.0, betas=kept, normalize="relu")
 
 
+def colour(decoded: Tensor, target: Tensor) -> Tensor:
+    """L1 of the means over 8x8 pixels: what a latent's colour should be, whatever its texture."""
+    return nn.functional.avg_pool2d(decoded - target, 8).abs().mean()
+
+
 PIXEL: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    term.__name__: term for term in (l1, mse, charbonnier, frequency, ms_ssim)
+    term.__name__: term for term in (l1, mse, charbonnier, frequency, ms_ssim, colour)
 }
 
 # ---------------------------------------------------------------- features
