@@ -8,20 +8,24 @@ import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import av
 import numpy as np
 import pytest
 import torch
 import yaml
 from accelerate import Accelerator
+from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import save_file
 
-from fast_latent_decoders import SDXL, FastDecoder
+from fast_latent_decoders import FastDecoder, SubpixelDecoder
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
@@ -35,8 +39,8 @@ def _training_on_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    for name in ("adversary", "config", "data", "latents", "losses", "validate", "train"):
-        sys.modules.pop(name, None)
+    for path in (ROOT / "training").glob("*.py"):
+        sys.modules.pop(path.stem, None)
 
 
 def module(name: str) -> ModuleType:
@@ -58,33 +62,15 @@ def shard(path: Path, count: int = 6, size: int = 96) -> Path:
     return path
 
 
-def test_crops_are_of_their_size_and_range(tmp_path: Path) -> None:
-    data = module("data")
-    pictures = data.load_pictures([shard(tmp_path / "a.tar")])
-    assert [tuple(p.shape) for p in pictures[:2]] == [(3, 96, 96), (3, 96, 112)]
-    rng = np.random.default_rng(1)
-    for _ in range(20):
-        crop = data.random_crop(pictures, 32, rng, colour=0.5)
-        assert crop.shape == (3, 32, 32)
-        assert crop.abs().max() <= 1
-    with pytest.raises(ValueError, match="short side of at least 128"):
-        data.random_crop(pictures, 128, rng)
-
-
-def test_bad_shards_are_errors_not_skips(tmp_path: Path) -> None:
-    data = module("data")
-    with pytest.raises(FileNotFoundError, match="at least one shard"):
-        data.load_pictures([])
-    with tarfile.open(tmp_path / "bad.tar", "w") as tar:
-        info = tarfile.TarInfo("0001.jpg")
-        info.size = 4
-        tar.addfile(info, io.BytesIO(b"nope"))
-    with pytest.raises(ValueError, match="0001"):
-        data.load_pictures([tmp_path / "bad.tar"])
+def frozen(stand_in: dict[str, Any] | None = None, path: str | None = None, **decoder: Any) -> Any:
+    """The encoder that a configuration gives, for SDXL latents or as `decoder` says."""
+    config = module("config")
+    model = SubpixelDecoder(widths=[8, 8, 8], blocks=[1, 1, 1], convs=1, **decoder)
+    return module("latents").load_encoder(config.Encoder(path=path), config.StandIn(**(stand_in or {})), model)
 
 
 def test_redrawn_weights_stay_in_the_rounding_box() -> None:
-    encoder = module("latents").StandInEncoder(SDXL)
+    encoder = frozen()
     encoder.redraw(torch.Generator().manual_seed(0))
     moved = 0
     for key, value in encoder.network.state_dict().items():
@@ -104,7 +90,7 @@ def test_transplanted_colours(tmp_path: Path) -> None:
     """Amplitude 0 is the real colour's latent and a flat target; texture adds what the encoder makes of it."""
     colours = {"srgb": torch.tensor([[0.2, 0.5, 0.9], [0.6, 0.1, 0.3]]), "latent": torch.tensor([[1.0, -2, 0.5, 3], [0.1, 0.2, 0.3, 0.4]])}
     save_file(colours, tmp_path / "colours.safetensors")
-    encoder = module("latents").StandInEncoder(SDXL, colours=str(tmp_path / "colours.safetensors"))
+    encoder = frozen({"colours": str(tmp_path / "colours.safetensors")})
     texture = torch.rand(2, 3, 64, 64) - 0.5
     z, target = encoder.transplant(texture, torch.tensor([0.0, 0.2]), torch.tensor([0, 1]))
     assert torch.allclose(z[0], colours["latent"][0][:, None, None].expand(4, 8, 8), atol=1e-5)
@@ -119,7 +105,7 @@ def test_colour_table_has_its_axes_the_right_way_round() -> None:
     """The check value of the table's description, on other colours: rms of real minus (stand-in + table), per channel;
     with the axes the wrong way round it is .072 .074 .280 .124."""
     weights, real = SHARED / "weights/taesdxl_colour_lut.safetensors", SHARED / "data/real_latents/sdxl/vae_constant_colours.safetensors"
-    encoder = module("latents").StandInEncoder(SDXL, str(weights), str(real))
+    encoder = frozen({"colour_table": str(weights), "colours": str(real)})
     colours, latents = (encoder.colours[key][::61] for key in ("srgb", "latent"))
     flat = (colours * 2 - 1)[:, :, None, None].expand(-1, -1, 104, 104)
     z = encoder.encode(flat) + encoder.table_at(flat)
@@ -136,11 +122,12 @@ def test_stlpips_rises_with_noise() -> None:
 
 
 def config(folder: Path, name: str) -> str:
-    tar = str(shard(folder / f"{name}.tar"))
+    tar = str(shard(folder / "pictures.tar"))
     values = {
         "decoder": {"_class_name": "SubpixelDecoder", "widths": [16, 8, 8], "blocks": [1, 1, 1], "convs": 1},
-        "out": str(folder / name), "pictures": [tar], "val_pictures": [tar], "val_count": 1, "val_every": 100, "steps": 12,
-        "warmup": 2, "crops": [[0.0, 32, 8], [0.5, 64, 4]], "shard": 4, "losses": {"l1": 1}, "save_every": 4, "lr": 1e-3,
+        "out": str(folder / name), "data": [{"path": tar}], "val": [{"path": tar}], "val_count": 1, "val_every": 100, "steps": 20,
+        "warmup": 2, "stages": [{"crop": 32, "batch": 8, "jpeg": 0.3}, {"start": 0.5, "crop": 64, "batch": 4}], "shard": 4, "workers": 0,
+        "stand_in": {"redraw": True, "noise": 0.03}, "losses": {"l1": 1}, "save_every": 5, "lr": 1e-3,
         "gan": {"weight": 0.1, "start": 6, "memory": 8},
     }  # fmt: skip
     path = folder / f"{name}.yaml"
@@ -148,34 +135,63 @@ def config(folder: Path, name: str) -> str:
     return str(path)
 
 
+def train(*arguments: str, launch: Sequence[str] = (), kill_at: int = -1) -> subprocess.CompletedProcess[str]:
+    """Run the trainer in a process of its own, which kills itself in step `kill_at`."""
+    script = """
+import os, signal, sys
+sys.path.insert(0, os.environ["TRAINING"])
+import train
+train.mixed_precision = lambda *_: "no"  # timing decides between number formats; two runs must not decide differently
+rate = train.learning_rate
+def learning_rate(c, step, begun=0):
+    if step == int(os.environ["KILL_AT"]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return rate(c, step, begun)
+train.learning_rate = learning_rate
+train.main()
+"""
+    environment = {"PYTHONPATH": str(ROOT), "TRAINING": str(ROOT / "training"), "OMP_NUM_THREADS": "1", "KILL_AT": str(kill_at)}
+    with tempfile.NamedTemporaryFile("w", suffix=".py") as file:
+        file.write(script)
+        file.flush()
+        command = [sys.executable, *launch, file.name, "--config", *arguments]
+        return subprocess.run(command, env={**os.environ, **environment}, check=False, capture_output=True, text=True)
+
+
+def assert_same(a: Any, b: Any, place: str = "checkpoint") -> None:
+    """Every tensor and number in two nested structures is equal, bit for bit."""
+    assert type(a) is type(b), place
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), place
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), place
+        for key in a:
+            assert_same(a[key], b[key], f"{place}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), place
+        for i, pair in enumerate(zip(a, b, strict=True)):
+            assert_same(*pair, f"{place}.{i}")
+    else:
+        assert a == b, place
+
+
 @pytest.mark.slow
-def test_a_run_that_was_stopped_equals_one_that_was_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    train = module("train")
-    # Timing decides between number formats; the two runs must not decide differently.
-    monkeypatch.setattr(train, "mixed_precision", lambda *_: "no")
-    monkeypatch.setattr(sys, "argv", ["train.py", "--config", config(tmp_path, "whole")])
-    train.main()
-
-    rate = train.learning_rate
-
-    def stop_at_seven(c: object, step: int) -> float:
-        if step == 7:
-            raise KeyboardInterrupt
-        return rate(c, step)
-
-    monkeypatch.setattr(sys, "argv", ["train.py", "--config", config(tmp_path, "stopped")])
-    monkeypatch.setattr(train, "learning_rate", stop_at_seven)
-    with pytest.raises(KeyboardInterrupt):
-        train.main()
-    monkeypatch.setattr(train, "learning_rate", rate)
-    train.main()
-
-    whole, stopped = (FastDecoder.from_pretrained(tmp_path / name / "model") for name in ("whole", "stopped"))
-    for a, b in zip(whole.parameters(), stopped.parameters(), strict=True):
-        assert torch.equal(a, b)
-    run = json.loads((tmp_path / "whole/model/run.json").read_text())
-    assert run["steps"] == 12
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_killed_at_step_13_goes_on_from_10_as_if_nothing_had_been(workers: int, tmp_path: Path) -> None:
+    whole = train(config(tmp_path, "whole"))
+    assert whole.returncode == 0, whole.stderr
+    killed = train(config(tmp_path, "killed"), f"workers={workers}", kill_at=13)
+    assert killed.returncode == -signal.SIGKILL
+    assert torch.load(tmp_path / "killed/checkpoint.pt", weights_only=True)["step"] == 10
+    resumed = train(config(tmp_path, "killed"), f"workers={workers}")
+    assert resumed.returncode == 0, resumed.stderr
+    a, b = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "killed"))
+    assert a["adversary"]["memories"][0][0], "the discriminator's memory is part of the checkpoint"
+    assert_same(a, b)
+    run = json.loads((tmp_path / "killed/export/run.json").read_text())
+    assert (run["steps"], [start["step"] for start in run["starts"]]) == (20, [0, 10])
     assert run["val"]["psnr"] > 5
+    FastDecoder.from_pretrained(tmp_path / "killed/export")
 
 
 @pytest.mark.slow
@@ -196,31 +212,38 @@ def test_a_run_that_is_killed_goes_on(number: signal.Signals, tmp_path: Path) ->
         assert f"stopped at step {at} of 100000; the same command goes on" in said
     done = subprocess.run([*command, f"steps={at + 2}"], env=environment, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    run = json.loads((tmp_path / "run/model/run.json").read_text())
+    run = json.loads((tmp_path / "run/export/run.json").read_text())
     assert [start["step"] for start in run["starts"]] == [0, at]
     assert run["steps"] == at + 2
 
 
 @pytest.mark.slow
-def test_two_processes_train_one_decoder(tmp_path: Path) -> None:
-    """Their gradients are averaged, so that both hold the same weights; one of them writes."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launch, str(ROOT / "training/train.py"), "--config", config(tmp_path, "run")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("finished") == 1
-    run = json.loads((tmp_path / "run/model/run.json").read_text())
-    assert (run["steps"], run["starts"][0]["processes"]) == (12, 2)
-    FastDecoder.from_pretrained(tmp_path / "run/model")
+def test_two_processes_train_one_decoder_and_resume(tmp_path: Path) -> None:
+    """Their gradients are averaged, so that both hold the same weights; one of them writes, each has its own memory of fakes."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    whole = train(config(tmp_path, "whole"), launch=launch)
+    assert whole.returncode == 0, whole.stderr
+    assert whole.stdout.count("finished") == 1
+    run = json.loads((tmp_path / "whole/export/run.json").read_text())
+    assert (run["steps"], run["starts"][0]["processes"]) == (20, 2)
+    assert train(config(tmp_path, "killed"), launch=launch, kill_at=13).returncode != 0
+    resumed = train(config(tmp_path, "killed"), launch=launch)
+    assert resumed.returncode == 0, resumed.stderr
+    a, b = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "killed"))
+    first, second = a["adversary"]["memories"]
+    assert not torch.equal(torch.stack(first[1]), torch.stack(second[1]))
+    assert_same(a, b)
 
 
 def test_a_folder_that_is_too_full_is_said_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    train = module("train")
-    monkeypatch.setattr(train.shutil, "disk_usage", lambda _: train.shutil._ntuple_diskusage(1, 1, 1000))
+    running = module("running")
+    monkeypatch.setattr(running.shutil, "disk_usage", lambda _: running.shutil._ntuple_diskusage(1, 1, 1000))
     monkeypatch.setattr(sys, "argv", ["train.py", "--config", config(tmp_path, "x")])
     with pytest.raises(SystemExit, match=r"0 MB free and checkpoints need \d+ MB"):
-        train.main()
+        module("train").main()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match="cannot be written to"):
+        running.make_room(tmp_path / "file" / "run", 1)
 
 
 @pytest.mark.parametrize(
@@ -233,7 +256,13 @@ def test_a_folder_that_is_too_full_is_said_at_the_start(tmp_path: Path, monkeypa
         ("gan.kind=wasserstein", "gan.kind is 'wasserstein'.*'hinge', 'least_squares' or 'relativistic'"),
         ("steps", "expected key=value, got 'steps'"),
         ("steps.more=1", "steps holds no keys"),
-        ("crops=[[0.5, 64, 4]]", "crops must begin at share 0"),
+        ("losses.tempral=1", "did you mean temporal?"),
+        ("stages.0.crops=64", "unknown key 'crops' in .*did you mean crop?"),
+        ("stages.0.crop=60", "crops must be multiples of 8 px"),
+        ("stages=[{start: 0.5}]", "stages must begin at start 0"),
+        ("stages.0.clips=0.5", "train on clips.*no source under data has kind: clips"),
+        ("data.3.path=x", "there is no 3"),
+        ("gan.normalised=true", "give gan.adaptive=false with it"),
     ],
 )
 def test_wrong_keys_and_values_are_named(change: str, message: str, tmp_path: Path) -> None:
@@ -249,21 +278,61 @@ def test_changes_reach_inside_and_the_config_is_frozen(tmp_path: Path) -> None:
 
 
 def test_every_config_of_the_repository_is_valid() -> None:
-    for path in (ROOT / "training/configs").glob("*.yaml"):
-        module("config").read_config(str(path), [])
+    paths = list((ROOT / "training/configs").rglob("*.yaml"))
+    assert len(paths) > 10
+    for path in paths:
+        c = module("config").read_config(str(path), [])
+        FastDecoder.families[c.decoder["_class_name"]].from_config(c.decoder)
+
+
+def test_a_config_lies_over_its_base(tmp_path: Path) -> None:
+    base = config(tmp_path, "base")
+    (tmp_path / "mine.yaml").write_text("base: base.yaml\nlosses: {mse: 1}\ngan: {weight: 0}\n")
+    c = module("config").read_config(str(tmp_path / "mine.yaml"), [])
+    assert (c.losses, c.gan.weight, c.gan.start, c.out) == ({"mse": 1.0}, 0, 6, str(tmp_path / "base"))
+    assert base
 
 
 def test_pixel_terms_have_hand_computed_values() -> None:
     """A constant error of 0.3; its spectrum is one coefficient, 0.3 * sqrt(H W), among H * (W / 2 + 1)."""
-    pixel = module("losses").PIXEL
+    losses = module("losses")
     x = torch.rand(2, 3, 64, 64) - 0.5
-    expected = {"l1": 0.3, "mse": 0.09, "charbonnier": (0.09 + 1e-6) ** 0.5 - 1e-3, "frequency": 0.3 * 64 / (64 * 33)}
+    expected = {
+        "l1": 0.3, "mse": 0.09, "charbonnier": (0.09 + 1e-6) ** 0.5 - 1e-3, "frequency": 0.3 * 64 / (64 * 33), "colour": 0.3
+    }  # fmt: skip
+    terms = {**losses.WEIGHTED, **losses.PLAIN}
+    assert terms.keys() == {*expected, "ms_ssim"}
     for name, value in expected.items():
-        assert pixel[name](x + 0.3, x).item() == pytest.approx(value, rel=1e-4), name
+        assert terms[name](x + 0.3, x).item() == pytest.approx(value, rel=1e-4), name
+    checkerboard = (torch.arange(64)[:, None] + torch.arange(64)) % 2 - 0.5
+    assert terms["colour"](x + checkerboard, x).item() == pytest.approx(0, abs=1e-6)
     for size in (16, 64, 128, 192):
         y = torch.rand(1, 3, size, size) * 2 - 1
-        assert pixel["ms_ssim"](y, y).item() == pytest.approx(0, abs=1e-5)
-        assert pixel["ms_ssim"](y, torch.rand_like(y)).item() > 0.1
+        assert terms["ms_ssim"](y, y).item() == pytest.approx(0, abs=1e-5)
+        assert terms["ms_ssim"](y, torch.rand_like(y)).item() > 0.1
+
+
+def test_faces_count_more_in_pixel_terms() -> None:
+    """An error of 1 in a quarter of the pixels, which count threefold: 3 / (3 + 3); equal weights change nothing."""
+    error, weight = torch.zeros(1, 3, 8, 8), torch.ones(1, 1, 8, 8)
+    error[..., :4, :4] = 1
+    weight[..., :4, :4] = 3
+    for name, term in module("losses").WEIGHTED.items():
+        plain = term(error, torch.zeros_like(error)).item()
+        assert plain == pytest.approx(0.25, abs=1e-3), name
+        assert term(error, torch.zeros_like(error), torch.full_like(weight, 5)).item() == pytest.approx(plain), name
+        assert term(error, torch.zeros_like(error), weight).item() == pytest.approx(0.5, abs=1e-3), name
+
+
+def test_the_temporal_term_has_a_hand_computed_value() -> None:
+    """Two clips of three frames. A constant error costs nothing; one frame off by 0.6 is two wrong changes of 0.6 among two."""
+    temporal = module("losses").temporal
+    target = torch.rand(6, 3, 8, 8)
+    decoded = target + 0.5
+    assert temporal(decoded, target, 3).item() == pytest.approx(0, abs=1e-6)
+    decoded[1] += 0.6
+    assert temporal(decoded, target, 3).item() == pytest.approx(0.6 * 2 / 4, rel=1e-4)
+    assert temporal(decoded, target, 1).item() == 0
 
 
 def test_a_term_without_its_weights_says_which_need_none() -> None:
@@ -294,7 +363,7 @@ def test_the_adaptive_ratio_is_that_of_the_gradients() -> None:
 
 def test_a_discriminator_learns_to_tell_and_leaves_the_decoder_alone() -> None:
     torch.manual_seed(0)
-    adversary = module("adversary").Adversary(4, "hinge", lr=1e-3, memory=6, accelerator=Accelerator(), width=8)
+    adversary = module("adversary").Adversary(module("config").Gan(lr=1e-3, memory=6), 4, Accelerator(), width=8)
     z, target = torch.randn(4, 4, 4, 4), torch.rand(4, 3, 32, 32) * 2 - 1
     decoded = (target * 0.3).requires_grad_()
     losses = [adversary.learn(decoded, target, z, step) for step in range(40)]
@@ -304,3 +373,198 @@ def test_a_discriminator_learns_to_tell_and_leaves_the_decoder_alone() -> None:
     adversary.loss(decoded, target, z).backward()
     assert decoded.grad is not None
     assert all(parameter.grad is None or not parameter.requires_grad for parameter in adversary.network.parameters())
+
+
+def test_normalised_gradients_have_one_length_whatever_the_discriminator_says() -> None:
+    """Each picture's gradient has the root mean square that L1's has, times the weight."""
+    picture = torch.rand(3, 3, 16, 16, requires_grad=True)
+    passed = module("adversary").of_one_length(picture, weight=0.5)
+    (passed.flatten(1).square().sum(1) * torch.tensor([1.0, 1e-3, 1e3])).sum().backward()
+    assert picture.grad is not None
+    sizes = picture.grad.flatten(1).square().mean(1).sqrt()
+    assert torch.allclose(sizes, torch.full((3,), 0.5 / picture.numel()), rtol=1e-4)
+
+
+def lesson(student: FastDecoder, **settings: Any) -> Any:
+    teacher = module("config").Teacher(path="taesdxl", output=1, **settings)
+    return module("teacher").Lesson(teacher, student.latent_space, student.decoder, torch.device("cpu"))
+
+
+def test_a_student_that_is_its_teacher_has_nothing_to_learn() -> None:
+    student = FastDecoder.from_pretrained("taesdxl").float()
+    found = lesson(student, features=1, latents=["real", "noisy", "mixed", "recoloured"])
+    z = torch.randn(4, 4, 8, 8)
+    for step in range(4):
+        taught = found.latents(z, 1, step, seed=step)
+        assert taught.shape == (1, 4, 8, 8)
+        assert (step == 0) == any(torch.equal(taught[0], row) for row in z)
+        terms = found.terms(student.decoder(taught), taught)
+        assert terms.keys() == {"teacher", "teacher_maps"}
+        assert max(term.item() for term in terms.values()) < 1e-6
+    clips = found.latents(torch.randn(6, 4, 8, 8), 3, 1, seed=0)
+    assert clips.shape == (3, 4, 8, 8), "whole clips"
+
+
+def test_a_teacher_of_structure_is_not_followed_in_colour() -> None:
+    student = FastDecoder.from_pretrained("taesdxl").float()
+    z = torch.randn(2, 4, 8, 8)
+    tinted = student.decoder(z) + 0.3
+    assert lesson(student).terms(tinted, z)["teacher"].item() == pytest.approx(0.3, rel=1e-3)
+    assert lesson(student, structure=True).terms(tinted, z)["teacher"].item() == pytest.approx(0, abs=1e-5)
+
+
+def test_attention_maps_tell_networks_of_other_widths_apart() -> None:
+    student = SubpixelDecoder(widths=[16, 8, 8], blocks=[1, 1, 1], convs=1)
+    found = lesson(student, features=1)
+    z = torch.randn(2, 4, 8, 8)
+    term = found.terms(student.decoder(z), z)["teacher_maps"]
+    assert 0 < term.item() < 2
+    term.backward()
+    assert all(parameter.grad is not None for parameter in student.decoder.layers[0].parameters())
+
+
+def tiny_vae(folder: Path, channels: int) -> Any:
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4, block_out_channels=[8] * 4,
+        latent_channels=channels, norm_num_groups=4, scaling_factor=0.7, shift_factor=0.1,
+    )  # fmt: skip
+    vae.save_pretrained(folder)
+    return vae
+
+
+SPACE = {"latent_space": "mine", "latent_channels": 16, "scaling_factor": 0.7, "shift_factor": 0.1}
+
+
+def test_a_real_vae_gives_scaled_latents_of_its_posterior(tmp_path: Path) -> None:
+    vae = tiny_vae(tmp_path / "vae", 16).eval()
+    encoder = frozen(path=str(tmp_path / "vae"), **SPACE)
+    x = torch.rand(2, 3, 32, 32) * 2 - 1
+    with torch.no_grad():
+        posterior = vae.encode(x).latent_dist
+    assert torch.allclose(encoder.encode(x), (posterior.mode() - 0.1) * 0.7, atol=1e-5)
+    draws = [encoder.encode(x, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.allclose(draws[0], draws[2], atol=1e-3)
+    with pytest.raises(SystemExit, match=r"is a real VAE, and stand_in\.redraw"):
+        frozen({"redraw": True}, path=str(tmp_path / "vae"), **SPACE)
+    with pytest.raises(SystemExit, match="another latent space"):
+        frozen(path=str(tmp_path / "vae"))
+    with pytest.raises(SystemExit, match="no VAE that diffusers can load"):
+        frozen(path=str(tmp_path))
+    with pytest.raises(SystemExit, match="no tiny encoder for the latent space 'mine'"):
+        frozen(**SPACE)
+
+
+@needs_shared
+def test_a_tiny_encoder_of_sixteen_channels_from_its_file() -> None:
+    path = str(SHARED / "weights/taesd3_encoder.safetensors")
+    encoder = frozen({"redraw": True}, path=path, **SPACE)
+    assert encoder.encode(torch.zeros(1, 3, 32, 32)).shape == (1, 16, 4, 4)
+    with pytest.raises(SystemExit, match="16 channels, and the decoder takes 4"):
+        frozen(path=path)
+    with pytest.raises(SystemExit, match="holds no encoder"):
+        frozen(path=str(SHARED / "weights/taesd3_decoder.safetensors"), **SPACE)
+
+
+def run(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trainer in this process, in float32."""
+    monkeypatch.setattr(module("train"), "mixed_precision", lambda *_: "no")
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config", *arguments])
+    module("train").main()
+
+
+def test_latents_of_sixteen_channels_from_a_real_vae_with_every_term(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_vae(tmp_path / "vae", 16)
+    decoder = json.dumps({"_class_name": "SubpixelDecoder", "widths": [16, 8, 8], "blocks": [1, 1, 1], "convs": 1, **SPACE})
+    terms = "{l1: 1, mse: 1, charbonnier: 1, frequency: 1, ms_ssim: 1, colour: 1, stlpips: 1, reencode: 1}"
+    changes = [f"encoder.path={tmp_path / 'vae'}", "stand_in.redraw=false", f"decoder={decoder}", f"losses={terms}", "steps=4"]
+    run(config(tmp_path, "run"), *changes, "gan.start=1", "branches=true", "trackers=[tensorboard]", monkeypatch=monkeypatch)
+    logged = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    steps = [entry for entry in logged if "norm" in entry]
+    assert {"l1", "reencode", "gan", "discriminator", "waiting", "crops_per_s", "lr"} <= steps[-1].keys()
+    assert list((tmp_path / "run/pictures").glob("*.png"))
+    assert list((tmp_path / "run").rglob("events.out.tfevents*"))
+    exported = FastDecoder.from_pretrained(tmp_path / "run/export")
+    assert exported.config.latent_channels == 16
+    assert exported.decode(torch.randn(1, 16, 4, 4)).sample.shape == (1, 3, 32, 32)
+
+
+def test_two_small_batches_are_one_large_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = ["gan.weight=0", "stand_in.noise=0", "steps=3", "ema=0"]
+    run(config(tmp_path, "large"), *plain, "stages=[{crop: 32, batch: 4}]", monkeypatch=monkeypatch)
+    run(config(tmp_path, "small"), *plain, "stages=[{crop: 32, batch: 2}]", "accumulate=2", monkeypatch=monkeypatch)
+    large, small = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["network"] for name in ("large", "small"))
+    for key, value in large.items():
+        assert torch.allclose(value, small[key], atol=1e-5), key
+
+
+def test_a_run_goes_on_where_only_its_export_was_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(config(tmp_path, "first"), "steps=4", monkeypatch=monkeypatch)
+    run(config(tmp_path, "second"), "steps=6", f"warm_start={tmp_path / 'first/export'}", monkeypatch=monkeypatch)
+    told = json.loads((tmp_path / "second/export/run.json").read_text())
+    assert (told["starts"][0]["step"], told["steps"]) == (4, 6)
+    with pytest.raises(SystemExit, match="another shape"):
+        run(config(tmp_path, "x"), "decoder.widths=[8, 8, 8]", f"warm_start={tmp_path / 'first/export'}", monkeypatch=monkeypatch)
+    with pytest.raises(SystemExit, match=r"no run\.json"):
+        run(config(tmp_path, "y"), f"warm_start={ROOT / 'hub_cards/taesdxl'}", monkeypatch=monkeypatch)
+
+
+def test_a_run_begins_as_what_it_grew_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One step with no learning rate: the export is TAESDXL's function at a greater width."""
+    decoder = "decoder={_class_name: TAEDecoder, width: 72}"
+    run(config(tmp_path, "run"), decoder, "init=taesdxl", "lr=0", "steps=1", "gan.weight=0", monkeypatch=monkeypatch)
+    z = torch.randn(1, 4, 8, 8) / 0.13025
+    grown, source = (FastDecoder.from_pretrained(name).float().decode(z).sample for name in (tmp_path / "run/export", "taesdxl"))
+    assert torch.allclose(grown, source, atol=5e-3)  # weights are stored in float16
+
+
+def test_cached_latents_are_those_of_a_run_without_a_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a cache of another encoder or with other conventions is refused, each difference named."""
+    shards, path, cache = module("shards"), config(tmp_path, "plain"), tmp_path / "cache"
+    run(path, "steps=6", monkeypatch=monkeypatch)
+    for _ in range(2):  # the second call makes nothing
+        monkeypatch.setattr(sys, "argv", ["shards.py", "--config", path, "--out", str(cache), "--count", "2"])
+        shards.main()
+    assert len(list(cache.rglob("*.safetensors"))) == 4
+    run(config(tmp_path, "cached"), "steps=6", f"cache={cache}", monkeypatch=monkeypatch)
+    a, b = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["network"] for name in ("plain", "cached"))
+    assert_same(a, b)
+    with pytest.raises(SystemExit, match="redraw was True, is False"):
+        run(config(tmp_path, "x"), "stand_in.redraw=false", f"cache={cache}", monkeypatch=monkeypatch)
+    with pytest.raises(SystemExit, match=r"(weights|encoder) was .*, is "):
+        run(config(tmp_path, "y"), "decoder.latent_space=sd", f"cache={cache}", monkeypatch=monkeypatch)
+
+
+def clip(path: Path, frames: int = 20, size: int = 64) -> Path:
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width = stream.height = size
+        for i in range(frames):
+            pixels = np.full((size, size, 3), 10 * i, np.uint8)
+            pixels[8 : 8 + size // 2, i : i + size // 2] = (200, 30, 90)
+            for packet in stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
+    return path
+
+
+def test_pictures_and_clips_train_a_temporal_decoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "clips").mkdir()
+    for name in ("a.mp4", "b.avi"):
+        clip(tmp_path / "clips" / name)
+    path = config(tmp_path, "run")
+    clips = {"path": str(tmp_path / "clips"), "kind": "clips"}
+    changes = [
+        "decoder={_class_name: TAETemporalDecoder, width: 32, blocks: [1, 1, 1, 1], latent_space: sd}",
+        f"val={json.dumps([clips])}",
+        "stages=[{crop: 32, batch: 4, clips: 0.5, frames: 8}]", "losses={l1: 1, temporal: 0.5}", "steps=4", "save_every=1",
+    ]  # fmt: skip
+    pictures = {"path": str(tmp_path / "pictures.tar")}
+    run(path, *changes, f"data={json.dumps([pictures, clips])}", "gan.start=2", monkeypatch=monkeypatch)
+    logged = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert logged[-1]["val"]["temporal"] > 0
+    assert any("temporal" in entry for entry in logged if "norm" in entry)
+    y = FastDecoder.from_pretrained(tmp_path / "run/export").decode(torch.randn(8, 4, 4, 4), num_frames=8).sample
+    assert y.shape == (8, 3, 32, 32)

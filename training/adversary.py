@@ -4,6 +4,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
+from config import Gan
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
@@ -58,13 +60,10 @@ class Adversary:
     (FIELD 2b, seraena). Which ones follows from a seed, so that a resumed run is the run that was stopped.
     """
 
-    def __init__(
-        self, latent_channels: int, kind: str, lr: float, memory: int, accelerator: Accelerator, width: int = 64
-    ) -> None:
-        self.kind, self.accelerator = kind, accelerator
+    def __init__(self, c: Gan, latent_channels: int, accelerator: Accelerator, accumulate: int = 1, width: int = 64) -> None:
+        self.c, self.accelerator, self.accumulate = c, accelerator, accumulate
         self.network = PatchDiscriminator(latent_channels, width).to(accelerator.device).to(memory_format=torch.channels_last)
-        self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=lr, betas=(0.5, 0.9))
-        self.memory = memory
+        self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=c.lr, betas=(0.5, 0.9))
         self.pictures: list[Tensor] = []  # uint8; in main memory, each process its own
         self.latents: list[Tensor] = []
 
@@ -72,7 +71,9 @@ class Adversary:
         self.network.requires_grad_(False)
         with torch.no_grad():
             real = self.network(target, z)
-        return decoder_loss(self.kind, self.network(decoded, z), real)
+        if self.c.normalised:
+            decoded = of_one_length(decoded, self.c.weight / self.accumulate)
+        return decoder_loss(self.c.kind, self.network(decoded, z), real)
 
     def learn(self, decoded: Tensor, target: Tensor, z: Tensor, seed: int) -> float:
         """One step of the discriminator; returns its loss. `decoded` is not differentiated."""
@@ -85,7 +86,7 @@ class Adversary:
         for picture, latent in zip(decoded.detach(), z, strict=True):
             self._remember(((picture.clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8), latent.cpu().clone(), generator)
         self.network.requires_grad_(True)
-        loss = discriminator_loss(self.kind, self.network(fake, given), self.network(target, z))
+        loss = discriminator_loss(self.c.kind, self.network(fake, given), self.network(target, z))
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if self.accelerator.num_processes > 1:  # as DistributedDataParallel does; the weights stay alike in all processes
@@ -95,25 +96,38 @@ class Adversary:
         return loss.item()
 
     def _remember(self, picture: Tensor, latent: Tensor, generator: torch.Generator) -> None:
-        if len(self.pictures) < self.memory:
+        if len(self.pictures) < self.c.memory:
             self.pictures.append(picture)
             self.latents.append(latent)
-        elif self.memory:
-            place = int(torch.randint(self.memory, (1,), generator=generator))
+        elif self.c.memory:
+            place = int(torch.randint(self.c.memory, (1,), generator=generator))
             self.pictures[place], self.latents[place] = picture, latent
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "network": self.network.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "pictures": self.pictures,
-            "latents": self.latents,
-        }
+        """Everything, with every process's memory: all processes must call this."""
+        memories = gather_object([(self.pictures, self.latents)])
+        return {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict(), "memories": memories}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.pictures, self.latents = state["pictures"], state["latents"]
+        memories = state["memories"]
+        self.pictures, self.latents = (list(part) for part in memories[self.accelerator.process_index % len(memories)])
+
+
+def of_one_length(decoded: Tensor, weight: float) -> Tensor:
+    """The same pictures; the gradient of each, on its way back, is brought to the length that L1 times `weight` would give it.
+
+    Then no picture that the discriminator finds easy drowns the others (seraena's normalised gradients, FIELD 2b).
+    """
+
+    def rescale(gradient: Tensor) -> Tensor:
+        size = gradient.flatten(1).square().mean(1).sqrt()[:, None, None, None]
+        return gradient / size.clamp_min(1e-12) * (weight / gradient.numel())
+
+    passed = decoded.clone()
+    passed.register_hook(rescale)
+    return passed
 
 
 def adaptive_ratio(reconstruction: Tensor, adversarial: Tensor, last: Tensor) -> Tensor:

@@ -3,12 +3,11 @@
 import difflib
 from collections.abc import Iterable
 from dataclasses import field, fields
-from glob import glob
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from losses import PERCEPTUAL, PIXEL
+from losses import TERMS
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
@@ -16,15 +15,55 @@ STRICT = ConfigDict(extra="forbid")
 
 
 @dataclass(frozen=True, config=STRICT)
-class StandIn:
-    """What makes a stand-in encoder's latents resemble the real one's (DESIGN 5). Everything is off for a real VAE."""
+class Source:
+    """Where pictures or clips come from."""
 
-    redraw: bool = True  # draw the encoder's weights anew inside their float8 rounding box, for every shard
+    path: str  # pattern of .tar shards (WebDataset, img2dataset), a folder, or hf:OWNER/NAME[:SPLIT], which is streamed
+    kind: Literal["pictures", "clips"] = "pictures"
+    weight: float = 1.0  # how often it is drawn from, beside the others of its kind
+    min_size: int = 0  # short side in px
+    aesthetic: tuple[float, float] | None = None  # scores to keep, both ends included
+    faces: bool = False  # only samples whose metadata tell of a face
+    names: str | None = None  # file that lists the samples to keep, such as UCF-101's trainlist01.txt
+    classes: list[str] | None = None  # classes to keep
+
+
+@dataclass(frozen=True, config=STRICT)
+class Stage:
+    """A part of the run: sizes, and how much the crops are changed before they are encoded (progressive augmentation)."""
+
+    start: float = 0.0  # share of the run
+    crop: int = 128  # px, a multiple of 8
+    batch: int = 8  # crops a step and process
+    reduce: float = 3.0  # pictures are reduced by up to this; half of the crops are not
+    flip: float = 0.5  # share of crops that are mirrored
+    colour: float = 0.05  # share of crops that pass through a random colour matrix
+    jpeg: float = 0.0  # share of crops that are compressed and read back
+    clips: float = 0.0  # share of steps that train on clips
+    clip_batch: int = 1  # clips a step and process
+    frames: int = 8  # consecutive frames of a clip
+    stride: int = 3  # every n-th frame of the source, n drawn up to this
+
+
+@dataclass(frozen=True, config=STRICT)
+class Encoder:
+    """Whose latents: frozen, never trained."""
+
+    path: str | None = None  # folder or Hub id of a diffusers VAE, or a TAESD-like .safetensors file; without, TAESD's of the latent space
+    subfolder: str | None = None  # of the folder or Hub repository
+    posterior: Literal["sample", "mode"] = "sample"  # of a VAE; tiny encoders have none
+
+
+@dataclass(frozen=True, config=STRICT)
+class StandIn:
+    """What makes a tiny encoder's latents resemble those of the VAE it stands for (DESIGN 5). All off for a real VAE."""
+
+    redraw: bool = False  # draw the encoder's weights anew inside their float8 rounding box, for every shard
     colour_table: str | None = None  # what the real encoder adds to flat colours
     table_share: tuple[float, float] = (0.2, 0.8)  # of that table, drawn per sample
     colours: str | None = None  # real latents of flat colours
     transplants: float = 0.125  # share of samples with a real colour
-    noise: float = 0.03  # largest standard deviation of the noise on latents, drawn per sample
+    noise: float = 0.0  # largest standard deviation of the noise on latents, drawn per sample
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -35,72 +74,139 @@ class Gan:
     start: int = 10_000  # t0; until then neither decoder nor discriminator sees the other
     kind: Literal["hinge", "least_squares", "relativistic"] = "hinge"
     adaptive: bool = True  # weight times the ratio of gradients at the last layer; false is the literal form
+    normalised: bool = False  # each picture's gradient to one length before it enters the decoder (seraena); excludes adaptive
     lr: float = 2e-4
     memory: int = 512  # earlier fakes, which are half of those it learns from
+
+
+@dataclass(frozen=True, config=STRICT)
+class Teacher:
+    """Another decoder of the same latents, to be imitated on latents that need no true picture."""
+
+    path: str | None = None  # preset, folder or Hub id of a FastDecoder, AutoencoderTiny or AutoencoderKL
+    output: float = 0.0  # weight of the L1 distance to its pictures
+    features: float = 0.0  # weight of the distance to its attention maps at 1/8, 1/4 and 1/2
+    latents: list[Literal["real", "noisy", "mixed", "recoloured"]] = field(default_factory=lambda: ["real"])  # one kind a step, in turn
+    structure: bool = False  # leave the means over 8x8 px out of the output term: a teacher's colours may be wrong
+    share: float = 0.25  # of a batch
+
+
+@dataclass(frozen=True, config=STRICT)
+class Faces:
+    """More weight for faces in the pixel terms."""
+
+    weight: float = 1.0  # of a pixel in a face; 1 switches it off
+    detector: str | None = None  # YuNet's .onnx, for samples whose metadata have no boxes
 
 
 @dataclass(frozen=True, config=STRICT)
 class Config:
     decoder: dict[str, Any]  # class name and configuration of the decoder
     out: str  # folder of checkpoints, log and the finished model
-    pictures: list[str]  # patterns of WebDataset shards
-    val_pictures: list[str]
+    data: list[Source]
+    val: list[Source]
     val_count: int = 24
     val_every: int = 1000
     baseline: str | None = None  # preset to compare with
+    init: str | None = None  # preset or folder whose weights are the first ones; a narrower or shallower one is grown
+    warm_start: str | None = None  # export whose weights and step this run goes on from, where no checkpoint was kept
+    branches: bool = False  # train every 3x3 convolution as 3x3 + 1x1 + identity; folded when the run ends
+
+    encoder: Encoder = Encoder()
     stand_in: StandIn = StandIn()
+    cache: str | None = None  # shards of latents made by latents.py; without, they are made as the run goes
+    shard: int = 2048  # crops (of 128 px) whose latents are made at once
+    reuse: int = 3  # times that each crop is used before the next shard is made
+    workers: int = 2  # processes that read and crop
 
     seed: int = 0
     steps: int = 10_000
-    crops: list[tuple[float, int, int]] = field(default_factory=lambda: [(0.0, 128, 8)])  # [from this share of the run, px, batch]
-    shard: int = 2048  # crops whose latents are made at once, with one draw of the encoder's weights
-    epochs_per_shard: int = 3
-
+    stages: list[Stage] = field(default_factory=lambda: [Stage()])
     losses: dict[str, float] = field(default_factory=lambda: {"l1": 1.0, "stlpips": 0.3})  # term -> weight; 0 switches it off
-    perceptual_share: dict[str, float] = field(default_factory=dict)  # term -> share of a batch that it sees; else all
+    perceptual_share: dict[str, float] = field(default_factory=dict)  # perceptual term -> share of a batch that it sees; else all
     squeezenet: str | None = None  # weights of SqueezeNet 1.1 for the term "squeeze"
+    faces: Faces = Faces()
     gan: Gan = Gan()
+    teacher: Teacher = Teacher()
 
     lr: float = 1e-3
     final_lr: float = 0.02  # share of lr at the end of the cosine
     warmup: int = 200
     weight_decay: float = 1e-4
     clip: float = 1.0  # gradient norm
+    accumulate: int = 1  # batches a step
     ema: float = 0.999
+    compile: bool = False  # torch.compile the decoder
     save_every: int = 250
+    trackers: list[str] = field(default_factory=list)  # of Accelerate, such as tensorboard
 
     def __post_init__(self) -> None:
-        known = {*PIXEL, *PERCEPTUAL}
-        for where, names in (("losses", self.losses), ("perceptual_share", self.perceptual_share)):
+        for where, names, known in (("losses", self.losses, TERMS), ("perceptual_share", self.perceptual_share, TERMS["perceptual"])):
+            known = [name for group in known.values() for name in group] if isinstance(known, dict) else list(known)
             for name in names:
                 if name not in known:
                     raise ValueError(unknown(name, known, where))
-        if not self.crops or self.crops[0][0] != 0:
-            raise ValueError(f"crops must begin at share 0 of the run, got {self.crops}")
+        starts = [stage.start for stage in self.stages]
+        if not starts or starts[0] != 0 or starts != sorted(starts):
+            raise ValueError(f"stages must begin at start 0 and follow each other, got {starts}")
+        if bad := [stage.crop for stage in self.stages if stage.crop % 8 or stage.crop < 16]:
+            raise ValueError(f"crops must be multiples of 8 px, at least 16; got {bad}")
+        if self.gan.normalised and self.gan.adaptive:
+            raise ValueError("gan.normalised sets the gradient's length itself: give gan.adaptive=false with it")
+        if self.init and self.warm_start:
+            raise ValueError("init begins a new run with given weights, warm_start goes on with one: give one of them")
+        kinds = {source.kind for source in self.data}
+        wanted = {"clips" for s in self.stages if s.clips > 0} | {"pictures" for s in self.stages if s.clips < 1}
+        if missing := sorted(wanted - kinds):
+            raise ValueError(f"the stages train on {' and '.join(missing)}, and no source under data has kind: {missing[0]}")
+
+
+SECTIONS = {
+    "data": Source, "val": Source, "stages": Stage, "encoder": Encoder, "stand_in": StandIn, "faces": Faces, "gan": Gan, "teacher": Teacher
+}  # fmt: skip
 
 
 def unknown(name: str, known: Iterable[str], where: str) -> str:
+    known = sorted(known)
     near = difflib.get_close_matches(name, known, n=1)
-    return f"unknown key {name!r} in {where}" + (f": did you mean {near[0]}?" if near else ".") + f" The keys are {', '.join(sorted(known))}"
+    return f"unknown key {name!r} in {where}" + (f": did you mean {near[0]}?" if near else ".") + f" The keys are {', '.join(known)}"
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The keys of a file over those of its `base`, a file beside it; sections are merged key by key, lists replaced."""
+    values = yaml.safe_load(path.read_text())
+    if "base" not in values:
+        return values
+    merged = read_yaml(path.parent / values.pop("base"))
+    for key, value in values.items():
+        # Losses and the decoder are given whole: what the base had must not linger there.
+        sections = isinstance(value, dict) and key not in ("losses", "decoder", "perceptual_share")
+        merged[key] = {**merged.get(key, {}), **value} if sections else value
+    return merged
 
 
 def read_config(path: str, changes: list[str]) -> Config:
-    """The YAML file at `path`, with changes of the form key=value; stand_in.noise=0 reaches inside.
+    """The YAML file at `path`, with changes of the form key=value; stand_in.noise=0 reaches inside, stages.0.batch=4 into lists.
 
     Raises:
         SystemExit: a key that does not exist, or a value of another type; each is named, with the nearest right key.
     """
-    values = yaml.safe_load(Path(path).read_text())
+    values = read_yaml(Path(path))
     for change in changes:
         key, equals, value = change.partition("=")
         if not equals:
             raise SystemExit(f"expected key=value, got {change!r}")
         *parents, last = key.split(".")
-        place = values
+        place: Any = values
         for parent in parents:
-            place = place.setdefault(parent, {})
-            if not isinstance(place, dict):
-                raise SystemExit(f"{key}: {parent} holds no keys of its own")
+            if isinstance(place, list) and parent.isdigit() and int(parent) < len(place):
+                place = place[int(parent)]
+            elif isinstance(place, dict):
+                place = place.setdefault(parent, {})
+            else:
+                raise SystemExit(f"{key}: there is no {parent}")
+        if not isinstance(place, dict):
+            raise SystemExit(f"{key}: {'.'.join(parents)} holds no keys of its own")
         place[last] = yaml.safe_load(value)
     try:
         return TypeAdapter(Config).validate_python(values)
@@ -111,14 +217,10 @@ def read_config(path: str, changes: list[str]) -> Config:
 def explain(problem: Any, path: str) -> str:
     place = ".".join(map(str, problem["loc"]))
     if problem["type"] == "unexpected_keyword_argument":
-        section = {"stand_in": StandIn, "gan": Gan}.get(problem["loc"][0], Config) if len(problem["loc"]) > 1 else Config
+        section = SECTIONS[problem["loc"][0]] if len(problem["loc"]) > 1 else Config
         return unknown(problem["loc"][-1], [f.name for f in fields(section)], path)
     if problem["type"] in ("missing", "missing_argument"):
         return f"{path} lacks {place}"
     if not place:
         return f"{path}: {problem['msg'].removeprefix('Value error, ')}"
     return f"{path}: {place} is {problem['input']!r}. {problem['msg']}"
-
-
-def expand(patterns: list[str]) -> list[str]:
-    return sorted(path for pattern in patterns for path in glob(pattern))

@@ -1,6 +1,6 @@
 """Measure decoders on held-out pictures and against the clock, and write the README's table.
 
-    python training/evaluate.py training/configs/subpixel-sdxl.yaml subpixel-sdxl taesdxl [--count 200] [--write]
+    python training/evaluate.py training/configs/laptop/subpixel-sdxl.yaml subpixel-sdxl taesdxl [--count 200] [--write]
 
 Quality: stand-in latents with 0, half and all of the colour table (DESIGN 5), means over pictures, and real flat colours.
 Speed: all decoders in turn on the same latents, median wall time beside processor time; a machine that is busy is marked.
@@ -19,12 +19,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from data import load_pictures, spread
-from latents import StandInEncoder
+from config import read_config
+from data import Sample, pick
+from latents import FrozenEncoder, load_encoder
 from losses import ShiftTolerantLPIPS
 from tqdm import tqdm
-from train import expand, read_config
-from validate import flat_colours, latents_of, measure_picture
+from validate import Decode, flat_colours, latents_of, measure_picture
 
 from fast_latent_decoders import FastDecoder, presets
 
@@ -33,14 +33,14 @@ SHARES = (0.0, 0.5, 1.0)
 
 
 @torch.inference_mode()
-def quality(decoders: dict[str, FastDecoder], encoder: StandInEncoder, pictures: list[torch.Tensor], every: int) -> dict[str, Any]:
+def quality(decoders: dict[str, FastDecoder], encoder: FrozenEncoder, pictures: list[Sample], every: int) -> dict[str, Any]:
     stlpips = ShiftTolerantLPIPS()
-    networks = {name: decoder.decoder for name, decoder in decoders.items()}
+    networks: dict[str, Decode] = {name: decoder.decoder for name, decoder in decoders.items()}
     rows: dict[tuple[str, float], list[dict[str, float]]] = {(name, share): [] for name in networks for share in SHARES}
     for x, z, table in tqdm(latents_of(encoder, pictures), total=len(pictures), disable=None):
         for (name, share), values in rows.items():
             latents = (z + share * table).contiguous(memory_format=torch.channels_last)
-            values.append(measure_picture(networks[name](latents), x, stlpips))
+            values.append(measure_picture(networks[name](latents, len(x)), x, stlpips))
     found: dict[str, Any] = {name: {} for name in networks}
     for (name, share), values in rows.items():
         found[name][f"a={share}"] = {key: float(np.mean([row[key] for row in values])) for key in values[0]}
@@ -143,9 +143,9 @@ def main() -> None:
     arguments = parser.parse_args()
     where = machine()
     config = read_config(arguments.config, [])
-    pictures = spread(load_pictures(expand(config.val_pictures)), arguments.count)
+    pictures = pick(config.val, arguments.count)
     decoders = {name: FastDecoder.from_pretrained(name).eval() for name in arguments.decoders}
-    encoder = StandInEncoder(next(iter(decoders.values())).latent_space, config.stand_in.colour_table, config.stand_in.colours)
+    encoder = load_encoder(config.encoder, config.stand_in, next(iter(decoders.values())))
 
     times = speed(decoders)
     for decoder in decoders.values():

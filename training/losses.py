@@ -10,18 +10,23 @@ from torch import Tensor, nn
 # ---------------------------------------------------------------- pixels
 
 
-def l1(decoded: Tensor, target: Tensor) -> Tensor:
-    return (decoded - target).abs().mean()
+def weighted(error: Tensor, weight: Tensor | None) -> Tensor:
+    """Mean of the error; with `weight` (N, 1, H, W) a weighted one, so that a map of equal weights changes nothing."""
+    return error.mean() if weight is None else (error * weight).mean() / weight.mean()
 
 
-def mse(decoded: Tensor, target: Tensor) -> Tensor:
+def l1(decoded: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+    return weighted((decoded - target).abs(), weight)
+
+
+def mse(decoded: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
     """The paper's pixel term (equation 1)."""
-    return (decoded - target).square().mean()
+    return weighted((decoded - target).square(), weight)
 
 
-def charbonnier(decoded: Tensor, target: Tensor) -> Tensor:
+def charbonnier(decoded: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
     """L1 that is smooth at zero: sqrt(d^2 + e^2) - e with e = 1/1000."""
-    return ((decoded - target).square() + 1e-6).sqrt().mean() - 1e-3
+    return weighted(((decoded - target).square() + 1e-6).sqrt(), weight) - 1e-3
 
 
 def frequency(decoded: Tensor, target: Tensor) -> Tensor:
@@ -45,9 +50,20 @@ def colour(decoded: Tensor, target: Tensor) -> Tensor:
     return nn.functional.avg_pool2d(decoded - target, 8).abs().mean()
 
 
-PIXEL: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    term.__name__: term for term in (l1, mse, charbonnier, frequency, ms_ssim, colour)
-}
+def temporal(decoded: Tensor, target: Tensor, frames: int) -> Tensor:
+    """The paper's L_TAE, which it names and never defines (FACTS 11.3): mean |d decoded - d target| over consecutive frames.
+
+    Pictures are (clips * frames, 3, H, W); d is the difference from one frame of a clip to the next. Zero for single pictures.
+    """
+    if frames == 1:
+        return decoded.new_zeros(())
+    return (decoded - target).unflatten(0, (-1, frames)).diff(dim=1).abs().mean()
+
+
+WEIGHTED = {term.__name__: term for term in (l1, mse, charbonnier)}  # take a map of weights
+PLAIN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {term.__name__: term for term in (frequency, ms_ssim, colour)}
+PERCEPTUAL = ("lpips", "stlpips", "squeeze")
+TERMS = {"pixels": (*WEIGHTED, *PLAIN), "perceptual": PERCEPTUAL, "temporal": ("temporal",), "encoder": ("reencode",)}
 
 # ---------------------------------------------------------------- features
 
@@ -124,9 +140,6 @@ class LPIPS(nn.Module):
 
     def forward(self, decoded: Tensor, target: Tensor) -> Tensor:
         return self.network(decoded, target).mean()
-
-
-PERCEPTUAL = ("lpips", "stlpips", "squeeze")
 
 
 def perceptual(name: str, squeezenet: str | None = None) -> nn.Module:

@@ -6,19 +6,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from latents import StandInEncoder
-from losses import ShiftTolerantLPIPS
+from data import Sample
+from latents import FrozenEncoder
+from losses import ShiftTolerantLPIPS, temporal
 from PIL import Image
 from skimage.metrics import structural_similarity
 from torch import Tensor
 
-Decode = Callable[[Tensor], Tensor]  # scaled latents (N, C, h, w) to pictures (N, 3, 8h, 8w) in [-1, 1]
+from fast_latent_decoders.sheet import Compared, draw_sheet
+
+Decode = Callable[[Tensor, int], Tensor]  # scaled latents (N, C, h, w) and frames of a clip to pictures (N, 3, 8h, 8w) in [-1, 1]
 
 
-def latents_of(encoder: StandInEncoder, pictures: list[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Each picture (1, 3, H, W) in [-1, 1] with the encoder's latents of it and what all of the colour table would add to them."""
-    for picture in pictures:
-        x = picture[None].float() / 127.5 - 1
+def latents_of(encoder: FrozenEncoder, samples: list[Sample]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Each picture or clip (T, 3, H, W) in [-1, 1], cut to whole latents, with the encoder's latents and what all of the colour table would add."""
+    for sample in samples:
+        height, width = (n // 8 * 8 for n in sample.frames.shape[2:])
+        x = sample.frames[..., :height, :width].float() / 127.5 - 1
         yield x, encoder.encode(x), encoder.table_at(x)
 
 
@@ -28,24 +32,28 @@ def to_bytes(y: Tensor) -> Tensor:
 
 
 def measure_picture(y: Tensor, x: Tensor, stlpips: ShiftTolerantLPIPS, thorough: bool = True) -> dict[str, float]:
-    """One decoded picture (1, 3, H, W) against the truth, both rounded to bytes: what a saved picture has.
+    """A decoded picture or clip (T, 3, H, W) against the truth, both rounded to bytes: what a saved picture has; means over frames.
 
-    PSNR in dB; signed tint per channel and its size in 1/255; ST-LPIPS; and if `thorough` SSIM and SSIMULACRA2, which are slow.
+    PSNR in dB; signed tint per channel and its size in 1/255; ST-LPIPS; SSIM; and if `thorough` SSIMULACRA2, which is slow.
     """
     device = next(stlpips.parameters()).device
     a, b = to_bytes(y), to_bytes(x)
     error = a.float() - b.float()
     tint = error.mean(dim=(0, 2, 3))
+    with torch.no_grad():
+        distances = [stlpips(*(t[i : i + 1].to(device).float() / 127.5 - 1 for t in (a, b))).item() for i in range(len(a))]
+    pairs = [tuple(t[i].permute(1, 2, 0).numpy() for t in (a, b)) for i in range(len(a))]
     found = {
-        "psnr": (20 * torch.log10(255 / error.square().mean().sqrt().clamp_min(1e-3))).item(),
-        "stlpips": stlpips(*(t.to(device).float() / 127.5 - 1 for t in (a, b))).item(),
+        "psnr": (20 * torch.log10(255 / error.square().mean(dim=(1, 2, 3)).sqrt().clamp_min(1e-3))).mean().item(),
+        "ssim": float(np.mean([structural_similarity(mine, true, channel_axis=2) for mine, true in pairs])),
+        "stlpips": float(np.mean(distances)),
         **{f"tint_{c}": value for c, value in zip("rgb", tint.tolist(), strict=True)},
         "tint_size": tint.abs().mean().item(),
     }
+    if len(a) > 1:
+        found["temporal"] = temporal(a.float(), b.float(), len(a)).item()  # L_TAE in 1/255
     if thorough:
-        mine, true = (t[0].permute(1, 2, 0).numpy() for t in (a, b))
-        found["ssim"] = structural_similarity(mine, true, channel_axis=2)
-        found["ssimulacra2"] = ssimulacra2(mine, true)
+        found["ssimulacra2"] = float(np.mean([ssimulacra2(mine, true) for mine, true in pairs]))
     return found
 
 
@@ -60,12 +68,12 @@ def ssimulacra2(picture: np.ndarray, truth: np.ndarray) -> float:
         return float(compute_ssimulacra2(*paths))
 
 
-def flat_colours(decode: Decode, encoder: StandInEncoder, every: int = 1) -> dict[str, float]:
+def flat_colours(decode: Decode, encoder: FrozenEncoder, every: int = 1) -> dict[str, float]:
     """Real latents of flat colours, 32x32 each, the centre 128 px: PSNR of the pooled error in dB, the worst colour in 1/255."""
     if encoder.colours is None:
         return {}
     colours, flat = (encoder.colours[key][::every] for key in ("srgb", "latent"))
-    decoded = torch.cat([decode(part)[..., 64:-64, 64:-64].float() for part in flat[:, :, None, None].expand(-1, -1, 32, 32).split(8)])
+    decoded = torch.cat([decode(part, 1)[..., 64:-64, 64:-64].float() for part in flat[:, :, None, None].expand(-1, -1, 32, 32).split(8)])
     error = (decoded.clamp(-1, 1) + 1) / 2 - colours[:, :, None, None]
     worst = error.mean(dim=(2, 3)).abs().amax(1) * 255
     return {
@@ -76,8 +84,22 @@ def flat_colours(decode: Decode, encoder: StandInEncoder, every: int = 1) -> dic
 
 
 @torch.no_grad()
-def measure(decode: Decode, encoder: StandInEncoder, pictures: list[Tensor], share: float, stlpips: ShiftTolerantLPIPS) -> dict[str, float]:
+def measure(decode: Decode, encoder: FrozenEncoder, samples: list[Sample], share: float, stlpips: ShiftTolerantLPIPS) -> dict[str, float]:
     """Quick means for the log of a training run."""
-    rows = [measure_picture(decode(z + share * table), x, stlpips, thorough=False) for x, z, table in latents_of(encoder, pictures)]
-    means = {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
+    rows = [measure_picture(decode(z + share * table, len(x)), x, stlpips, thorough=False) for x, z, table in latents_of(encoder, samples)]
+    means = {key: float(np.mean([row[key] for row in rows if key in row])) for key in {key: None for row in rows for key in row}}
     return {key: round(value, 4) for key, value in {**means, **flat_colours(decode, encoder, every=97)}.items()}
+
+
+@torch.no_grad()
+def draw(decoders: dict[str, Decode], encoder: FrozenEncoder, samples: list[Sample]) -> Image.Image:
+    """The first frame of each sample and what each decoder makes of it, at half the colour table."""
+
+    def picture(y: Tensor) -> np.ndarray:
+        return to_bytes(y[0]).permute(1, 2, 0).numpy()
+
+    rows = []
+    for sample, (x, z, table) in zip(samples, latents_of(encoder, samples), strict=True):
+        decoded = {name: picture(decode(z + 0.5 * table, len(x))) for name, decode in decoders.items()}
+        rows.append(Compared(sample.key.split("/")[-1], picture(x), decoded))
+    return draw_sheet(list(decoders), rows)

@@ -1,0 +1,112 @@
+"""Another decoder of the same latents as a teacher: on latents that no encoder made there is no true picture, but there is its."""
+
+from typing import Any
+
+import torch
+from config import Teacher
+from latents import read_vae
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fast_latent_decoders import FastDecoder
+from fast_latent_decoders.latent_space import LatentSpace
+
+
+def load_teacher(path: str, space: LatentSpace) -> nn.Module:
+    """A decoder of scaled latents: a preset's, a folder's or Hub id's FastDecoder, AutoencoderTiny or AutoencoderKL.
+
+    Raises:
+        SystemExit: nothing to load there, or a decoder of another latent space.
+    """
+    try:
+        model: Any = FastDecoder.from_pretrained(path).float()
+        channels, network = model.config.latent_channels, model.decoder
+    except (OSError, ValueError):
+        model = read_vae(path, None)
+        channels = model.config.latent_channels
+        network = model.decoder if type(model).__name__ == "AutoencoderTiny" else FullDecoder(model)
+    if channels != space.channels:
+        raise SystemExit(f"the teacher {path} takes latents of {channels} channels, the decoder {space.channels}")
+    return network.eval().requires_grad_(False)
+
+
+class FullDecoder(nn.Module):
+    """A VAE's decoder on scaled latents."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.scale, self.shift = vae.config.scaling_factor, getattr(vae.config, "shift_factor", None) or 0.0
+        self.before, self.decoder = getattr(vae, "post_quant_conv", None) or nn.Identity(), vae.decoder
+        self.layers = [self.decoder.mid_block, *self.decoder.up_blocks]  # what `Maps` watches
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.decoder(self.before(z / self.scale + self.shift))
+
+
+class Maps:
+    """Attention maps of a decoder (Zagoruyko and Komodakis 2017): mean square over channels, of unit length for each picture.
+
+    At 1/8, 1/4 and 1/2 of the picture's resolution, from the last of `layers` that works there. They need no learned
+    projection between networks of different widths.
+    """
+
+    scales = (1, 2, 4)
+
+    def __init__(self, network: Any) -> None:
+        self.found: dict[int, Tensor] = {}
+        for layer in network.layers:
+            layer.register_forward_hook(self._keep)
+
+    def _keep(self, _: nn.Module, __: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.ndim == 4:
+            self.found[output.shape[-1]] = output
+
+    def take(self, width: int) -> list[Tensor]:
+        """Of the last forward pass, of latents `width` wide; at a resolution where nothing works, none."""
+        maps = [self.found[width * s].float().square().mean(1).flatten(1) for s in self.scales if width * s in self.found]
+        self.found = {}
+        return [F.normalize(m, dim=1) for m in maps]
+
+
+class Lesson:
+    """Two calls: `latents` to be decoded beside the batch, and `terms` for what became of them."""
+
+    def __init__(self, c: Teacher, space: LatentSpace, network: nn.Module, device: torch.device) -> None:
+        assert c.path is not None
+        self.c = c
+        self.network = load_teacher(c.path, space).to(device).to(memory_format=torch.channels_last)
+        self.maps = (Maps(network), Maps(self.network)) if c.features else None
+
+    def latents(self, z: Tensor, frames: int, step: int, seed: int) -> Tensor:
+        """A share of the batch's clips, as they are, noisy, mixed with each other or recoloured: (n, C, h, w)."""
+        generator = torch.Generator().manual_seed(seed)
+        clips = z.unflatten(0, (-1, frames))
+        chosen = clips[torch.randperm(len(clips), generator=generator)[: max(1, round(len(clips) * self.c.share))]]
+        each = (len(chosen), 1, 1, 1, 1)
+        kind = self.c.latents[step % len(self.c.latents)]
+        if kind == "noisy":
+            sigma = 0.5 * torch.rand(each, generator=generator)
+            chosen = chosen + (sigma * torch.randn(chosen.shape, generator=generator)).to(z)
+        elif kind == "mixed":
+            other = clips[torch.randperm(len(clips), generator=generator)[: len(chosen)]]
+            chosen = torch.lerp(chosen, other, torch.rand(each, generator=generator).to(z))
+        elif kind == "recoloured":
+            channels = (len(chosen), 1, z.shape[1], 1, 1)
+            scale, shift = 1 + 0.2 * torch.randn(channels, generator=generator), 0.5 * torch.randn(channels, generator=generator)
+            chosen = chosen * scale.to(z) + shift.to(z)
+        return chosen.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+
+    def terms(self, decoded: Tensor, z: Tensor) -> dict[str, Tensor]:
+        """The distances to the teacher's pictures and maps of the same latents; weights are the configuration's."""
+        mine = self.maps[0].take(z.shape[-1]) if self.maps else []
+        with torch.no_grad():
+            taught = self.network(z).float()
+        difference = decoded - taught
+        if self.c.structure:
+            difference = difference - F.interpolate(F.avg_pool2d(difference, 8), scale_factor=8)
+        terms = {"teacher": difference.abs().mean()} if self.c.output else {}
+        if self.maps:
+            theirs = self.maps[1].take(z.shape[-1])
+            pairs = zip(mine, theirs, strict=True)
+            terms["teacher_maps"] = torch.stack([(a[-len(z) :] - b).square().sum(1).mean() for a, b in pairs]).mean()
+        return terms
