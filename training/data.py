@@ -1,67 +1,202 @@
-"""Pictures for training: WebDataset shards in, random crops out."""
+"""Pictures and clips for training: sources in, random crops out (sources: DATA.md; the index: samples.py).
 
-import io
+    sources = Sources(c.data, "pictures", c.seed)
+    crops = Crops(sources.part(k), stage, c.faces, (c.seed, k, rank), count)
+    for item in DataLoader(crops, batch_size=32, num_workers=2, collate_fn=collate): ...
+
+A crop is a function of its seed and its number alone: not of the processes that make it, nor of what was made before.
+"""
+
+import logging
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-import webdataset
-from PIL import Image, UnidentifiedImageError
+from augment import augment
+from config import Faces, Source, Stage
+from faces import FaceDetector
+from reading import TooSmall, read_clip, read_picture
+from samples import Entry, Pool, index
+from stream import Stream
 from torch import Tensor
-from torch.nn import functional as F
+from torch.utils.data import Dataset
+
+from fast_latent_decoders.atomic import reason
+
+log = logging.getLogger(__name__)
+
+TRIES = 1000  # samples of a source that may fail in a row
 
 
-def load_pictures(shards: Sequence[str | Path]) -> list[Tensor]:
-    """Every picture of the shards as (3, H, W) uint8, in the shards' order.
+class Sample(NamedTuple):
+    frames: Tensor  # (T, 3, H, W) uint8, RGB; a picture has T = 1
+    boxes: np.ndarray | None  # (n, 4) float32, x0 y0 x1 y1 in px, of faces; None where the metadata say nothing
+    key: str  # shard.tar:key, or the file's path
+
+
+class Part(NamedTuple):
+    """What a shard of latents draws from."""
+
+    pools: list[Pool]
+
+
+class Item(NamedTuple):
+    """A crop; or, collated, a batch of them, with N in front."""
+
+    target: Tensor  # (T, 3, crop, crop) uint8
+    mask: Tensor  # (T, 1, crop, crop) bool, true in faces
+    skipped: list[str]  # "key: reason" of the corrupt samples met on the way
+
+
+class Sources:
+    """The sources of one kind, opened: local ones are indexed here and now, streams are read part by part.
+
+    Args:
+        seed: of the order in which a stream's shards are read.
+        per_part: samples that a part holds of a stream.
 
     Raises:
-        FileNotFoundError: no shard was given.
-        ValueError: a sample holds no picture that can be read; nothing is skipped in silence.
+        FileNotFoundError: a path or a list of names does not exist.
+        ValueError: a source is empty, or its filters leave nothing; each is named.
+        ImportError: a package is missing; the message says how to install it.
     """
-    if not shards:
-        raise FileNotFoundError("expected at least one shard (.tar) of pictures, found none; check the data patterns of the config")
-    # Every process reads every shard: they differ in the crops that they draw.
-    dataset = webdataset.WebDataset([str(s) for s in shards], shardshuffle=False, empty_check=False, nodesplitter=lambda every: every)
-    pictures = []
-    for sample in dataset:
-        data = next((sample[key] for key in ("jpg", "jpeg", "png", "webp") if key in sample), None)
+
+    def __init__(
+        self, sources: Sequence[Source], kind: Literal["pictures", "clips"], seed: int = 0, per_part: int = 1024
+    ) -> None:
+        chosen = [source for source in sources if source.kind == kind and source.weight > 0]
+        if not chosen:
+            raise ValueError(f"expected a source of {kind} with a weight above 0, found none")
+        self.opened = [open_source(source, seed, per_part) for source in chosen]
+
+    def part(self, k: int) -> Part:
+        """What shard k of the latents draws from: all samples of local sources, and each stream's part k.
+
+        Processes that are to see other samples of a stream ask for other parts.
+        """
+        return Part([source.part(k) if isinstance(source, Stream) else source for source in self.opened])
+
+
+def open_source(source: Source, seed: int, per_part: int) -> Pool | Stream:
+    if source.kind == "clips":
         try:
-            image = Image.open(io.BytesIO(data or b"")).convert("RGB")
-        except (UnidentifiedImageError, OSError) as error:
-            raise ValueError(f"sample {sample['__key__']} of {sample['__url__']} holds no picture that can be read") from error
-        pictures.append(torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous())
-    return pictures
+            import av  # noqa: F401
+        except ImportError as error:
+            raise ImportError(f"the clips of {source.path} need PyAV: pip install 'fast-latent-decoders[train]'") from error
+    return Stream(source, seed, per_part) if source.path.startswith("hf:") else index(source)
 
 
-def spread(pictures: list[Tensor], count: int) -> list[Tensor]:
-    """`count` of the pictures, evenly spread."""
-    return pictures[:: max(1, len(pictures) // count)][:count]
+def read(
+    source: Source, entry: Entry, frames: int = 1, side: int = 0, rng: np.random.Generator | None = None, stride: int = 1
+) -> Sample:
+    """The decoded sample: a whole picture, or `frames` frames of a clip: the first ones or, given `rng`, drawn ones.
 
-
-def random_crop(pictures: Sequence[Tensor], size: int, rng: np.random.Generator, colour: float = 0.05) -> Tensor:
-    """One crop (3, size, size) in [-1, 1]: random picture, scale, place and flip, and now and then other colours.
-
-    Pictures are only ever reduced, so that a crop is as sharp as a photograph is. The share `colour` of the crops passes
-    through a random 3x3 colour matrix (FIELD 2b: TAESD's own augmentation).
+    Raises:
+        TooSmall: a side is shorter than `side` or than the source's min_size.
+        Exception: it is corrupt.
     """
-    fitting = [p for p in (pictures[i] for i in rng.integers(len(pictures), size=16)) if min(p.shape[1:]) >= size]
-    if not fitting:
-        fitting = [p for p in pictures if min(p.shape[1:]) >= size]
-    if not fitting:
-        raise ValueError(f"expected pictures with a short side of at least {size} px to crop from, found none")
-    picture = fitting[0]
-    # Read a window of `window` px and reduce it to `size`: half of the crops stay at the picture's own scale.
-    most = min(picture.shape[1:]) / size
-    window = size if rng.random() < 0.5 else int(size * rng.uniform(1, min(most, 3)))
-    top, left = (int(rng.integers(n - window + 1)) for n in picture.shape[1:])
-    crop = picture[None, :, top : top + window, left : left + window].float() / 127.5 - 1
-    if window != size:
-        crop = F.interpolate(crop, size=(size, size), mode="bicubic", antialias=True, align_corners=False).clamp(-1, 1)
-    if rng.random() < 0.5:
-        crop = crop.flip(3)
-    if rng.random() < colour:
-        matrix = torch.from_numpy(rng.normal(size=(3, 3))).float()
-        mixed = torch.einsum("ij,njhw->nihw", matrix, crop)
-        crop = torch.lerp(crop, mixed, float(rng.random())).clamp(-1, 1)
-    return crop[0]
+
+    def window(total: int) -> tuple[int, int]:
+        if rng is None or total < frames:
+            return 0, 1
+        step = int(rng.integers(1, min(stride, (total - 1) // max(1, frames - 1)) + 1))
+        return int(rng.integers(total - (frames - 1) * step)), step
+
+    side = max(side, source.min_size)
+    with entry.open() as file:
+        pictures = read_picture(file, side) if source.kind == "pictures" else read_clip(file, frames, window, side)
+    boxes = entry.boxes
+    if boxes is not None and boxes.size and boxes.max() <= 1:
+        height, width = pictures.shape[2:]
+        boxes = boxes * np.array([width, height, width, height], np.float32)
+    return Sample(pictures, boxes, entry.key)
+
+
+class Crops(Dataset[Item]):
+    """`count` random crops of a part, as a stage wants them.
+
+    Args:
+        seed: crop i follows from (*seed, i); non-negative numbers.
+        clips: crops of stage.frames frames; else of one.
+
+    Raises:
+        ValueError: no source has a sample as large and as long as the stage wants.
+        FileNotFoundError, ImportError: faces are to be found and the detector cannot be had.
+    """
+
+    def __init__(self, part: Part, stage: Stage, faces: Faces, seed: tuple[int, ...], count: int, clips: bool = False) -> None:
+        self.stage, self.seed, self.count = stage, seed, count
+        self.frames = stage.frames if clips else 1
+        self.detector = None if faces.weight == 1 else FaceDetector(faces.detector)
+        fitting = [(pool, pool.fitting(stage.crop, self.frames)) for pool in part.pools]
+        self.pools = [(pool, places) for pool, places in fitting if len(places)]
+        size = f"{stage.crop} px" + (f" and {self.frames} frames" if clips else "")
+        for pool, places in fitting:
+            if not len(places):
+                log.warning("no sample of %s has %s: it is not drawn from in this stage", pool.source.path, size)
+        if not self.pools:
+            raise ValueError(f"no source has a sample with a short side of at least {size}: lower the crop, or add larger ones")
+        self.weights = np.cumsum([pool.source.weight for pool, _ in self.pools])
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, i: int) -> Item:
+        rng = np.random.default_rng((*self.seed, i))
+        pool, places = self.pools[int(np.searchsorted(self.weights, rng.random() * self.weights[-1], side="right"))]
+        skipped: list[str] = []
+        for _ in range(TRIES):
+            entry = pool.entries[places[rng.integers(len(places))]]
+            try:
+                sample = read(pool.source, entry, self.frames, self.stage.crop, rng, self.stage.stride)
+            except TooSmall:
+                continue
+            except Exception as error:  # noqa: BLE001 (whatever a decoder raises on broken bytes)
+                skipped.append(f"{entry.key}: {reason(error)}")
+                continue
+            target, boxes = augment(sample.frames, sample.boxes, self.stage, rng)
+            mask = self.detector.mask(target, boxes) if self.detector else torch.zeros_like(target[:, :1], dtype=torch.bool)
+            return Item(target, mask, skipped)
+        shown = "; ".join(list(dict.fromkeys(skipped))[:3])
+        raise ValueError(
+            f"{TRIES} samples of {pool.source.path} in a row cannot be used: {len(skipped)} are corrupt, "
+            f"{TRIES - len(skipped)} smaller than {max(self.stage.crop, pool.source.min_size)} px. {shown}"
+        )
+
+
+def collate(items: Sequence[Item]) -> Item:
+    """A batch: (N, T, 3, crop, crop), (N, T, 1, crop, crop), and all that was skipped."""
+    targets, masks, skipped = zip(*items, strict=True)
+    return Item(torch.stack(targets), torch.stack(masks), [line for lines in skipped for line in lines])
+
+
+def pick(sources: Sequence[Source], count: int, frames: int = 8) -> list[Sample]:
+    """`count` samples, evenly spread over all sources of both kinds; a clip gives its first frames. For validation.
+
+    A corrupt sample is named in a warning, and the next one takes its place.
+
+    Raises:
+        FileNotFoundError, ImportError: as Sources does.
+        ValueError: a source is empty, or not one sample can be read.
+    """
+    opened = [open_source(source, 0, count) for source in sources]
+    pools = [source.part(0) if isinstance(source, Stream) else source for source in opened]
+    every = [(pool.source, entry) for pool in pools for entry in pool.entries]
+    count = min(count, len(every))
+    samples: list[Sample] = []
+    tried: set[int] = set()
+    for place in (int((i + 0.5) * len(every) / count) for i in range(count)):
+        while place < len(every) and place not in tried:
+            tried.add(place)
+            try:
+                samples.append(read(*every[place], frames))
+                break
+            except TooSmall:
+                pass
+            except Exception as error:  # noqa: BLE001 (whatever a decoder raises on broken bytes)
+                log.warning("%s is left out: %s", every[place][1].key, reason(error))
+            place += 1
+    if not samples:
+        raise ValueError(f"not one sample of {', '.join(source.path for source in sources)} can be read")
+    return samples
