@@ -77,6 +77,10 @@ class Sources:
         """
         return Part([source.part(k) if isinstance(source, Stream) else source for source in self.opened])
 
+    def counts(self) -> dict[str, int]:
+        """Samples of each local source; nobody has counted a stream's."""
+        return {source.source.path: len(source.entries) for source in self.opened if isinstance(source, Pool)}
+
 
 def open_source(source: Source, seed: int, per_part: int) -> Pool | Stream:
     if source.kind == "clips":

@@ -1,6 +1,5 @@
 """What a long run needs of the machine: number format, room on the disk, whole checkpoints, an orderly end."""
 
-import platform
 import shutil
 import signal
 import time
@@ -61,13 +60,3 @@ def stop_requested() -> Callable[[], bool]:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda received, _: asked.append(received))
     return lambda: bool(asked)
-
-
-def machine() -> str:
-    """Processor or accelerator, threads, torch: what a run's hours mean."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    model = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
-    return f"{model}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"

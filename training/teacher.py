@@ -81,15 +81,16 @@ class Lesson:
         """A share of the batch's clips, as they are, noisy, mixed with each other or recoloured: (n, C, h, w)."""
         generator = torch.Generator().manual_seed(seed)
         clips = z.unflatten(0, (-1, frames))
-        chosen = clips[torch.randperm(len(clips), generator=generator)[: max(1, round(len(clips) * self.c.share))]]
+        order = torch.randperm(len(clips), generator=generator)
+        count = max(1, round(len(clips) * self.c.share))
+        chosen = clips[order[:count]]
         each = (len(chosen), 1, 1, 1, 1)
         kind = self.c.latents[step % len(self.c.latents)]
         if kind == "noisy":
             sigma = 0.5 * torch.rand(each, generator=generator)
             chosen = chosen + (sigma * torch.randn(chosen.shape, generator=generator)).to(z)
         elif kind == "mixed":
-            other = clips[torch.randperm(len(clips), generator=generator)[: len(chosen)]]
-            chosen = torch.lerp(chosen, other, torch.rand(each, generator=generator).to(z))
+            chosen = torch.lerp(chosen, clips[order.roll(1)[:count]], torch.rand(each, generator=generator).to(z))
         elif kind == "recoloured":
             channels = (len(chosen), 1, z.shape[1], 1, 1)
             scale, shift = 1 + 0.2 * torch.randn(channels, generator=generator), 0.5 * torch.randn(channels, generator=generator)

@@ -22,11 +22,11 @@ from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from adversary import Adversary, adaptive_ratio
 from config import Config, read_config
 from data import Sources, pick
-from export import summary, write_export
+from export import machine, summary, write_export
 from grow import branch, fold_branches, grow
 from latents import load_encoder
 from losses import PERCEPTUAL, PLAIN, WEIGHTED, ShiftTolerantLPIPS, perceptual, temporal
-from running import machine, make_room, mixed_precision, save, stop_requested
+from running import make_room, mixed_precision, save, stop_requested
 from shards import Shards
 from teacher import Lesson
 from torch import Tensor, nn
@@ -114,8 +114,11 @@ def main() -> None:
     device, rank = accelerator.device, accelerator.process_index
 
     # Data: pictures and clips, the encoder that makes latents of them.
-    sources = {kind: Sources(c.data, kind, c.seed) for kind in sorted({source.kind for source in c.data})}
-    val = pick(c.val, c.val_count)
+    try:
+        sources = {kind: Sources(c.data, kind, c.seed) for kind in sorted({source.kind for source in c.data})}
+        val = pick(c.val, c.val_count)
+    except (FileNotFoundError, ValueError, ImportError) as error:  # a path, a filter or a package: its sentence says which
+        raise SystemExit(str(error)) from None
     encoder = load_encoder(c.encoder, c.stand_in, model).to(device)
     shards = Shards(c, sources, encoder, accelerator)
 
@@ -206,9 +209,9 @@ def main() -> None:
 
     accelerator.init_trackers("fast_latent_decoders", {"config": json.dumps(asdict(c))})
     baseline = FastDecoder.from_pretrained(c.baseline).float().decoder.to(device) if c.baseline else None
-    about = {"encoder": {"name": encoder.name, "hash": encoder.hash}, "machine": machine(), "processes": accelerator.num_processes}
-    note(config=asdict(c), step=step, precision=precision, **about)
-    note(data={kind: found.counts() for kind, found in sources.items()})
+    note(config=asdict(c), step=step, time=round(time.time()), precision=precision, processes=accelerator.num_processes)
+    samples = {path: count for found in sources.values() for path, count in found.counts().items()}
+    note(data={"samples": samples, "encoder": {"name": encoder.name, "hash": encoder.hash}, "machine": machine()})
     if baseline and step == begun and accelerator.is_main_process:
         note(baseline=measure(decode_with(baseline), encoder, val, share=0.5, stlpips=stlpips))
 
@@ -269,6 +272,7 @@ def main() -> None:
             raise SystemExit(f"stopped at step {step} of {c.steps}; the same command goes on from there")
 
     if shards.skipped:
+        note(data={"skipped": sum(shards.skipped.values())})
         told = "; ".join(f"{name} ({count} times)" for name, count in shards.skipped.most_common(5))
         print(f"process {rank} skipped {sum(shards.skipped.values())} samples: {told}")
     accelerator.end_training()
