@@ -183,6 +183,12 @@ def make_card(c: "Config", model: FastDecoder, summary: dict[str, Any], machine:
         if tiny
         else ""
     )
+    half = " with half of the colour table" if tiny and c.stand_in.colour_table else ""
+    if c.stand_in.colours:
+        limits += (
+            "The training saw the flat colours that are measured: they show that colours are learnt, not that they generalise. "
+        )
+    starts = max(1, len(summary.get("starts", [])))
     lines = [
         f"---\n{yaml.safe_dump(header, sort_keys=False, default_flow_style=None)}---",
         f"# {name}\n",
@@ -195,7 +201,7 @@ def make_card(c: "Config", model: FastDecoder, summary: dict[str, Any], machine:
         f"Latents (N, {model.latent_space.channels}, h, w) in VAE units (what a pipeline hands to `vae.decode`), scaled inside;",
         "pictures (N, 3, 8h, 8w), nominally in [-1, 1].\n",
         f"## What it costs and what it gives\n\n{RESULTS}\n",
-        f"When training ended, on {c.val_count} held-out samples of {', '.join(f'`{shown(s.path)}`' for s in c.val)}:\n",
+        f"When training ended, on {c.val_count} held-out samples of {', '.join(f'`{shown(s.path)}`' for s in c.val)}, encoded as below{half}:\n",
         *tell_measured(summary.get("val") or {}, summary.get("baseline") or {}, c.baseline),
         f"\n## Limits\n\n{limits}Pictures are softer than those of the VAE's own decoder, most of all small text and distant faces.\n",
         "## How it was trained\n\nFitted to:\n",
@@ -206,7 +212,7 @@ def make_card(c: "Config", model: FastDecoder, summary: dict[str, Any], machine:
         "\n" + "\n".join(tell_losses(c)) + "\n",
         f"{summary.get('steps', 0):,} steps in {summary.get('hours', 0):g} hours on {machine}, precision {start.get('precision', 'not logged')},",
         f"{per_step}, learning rate {c.lr:g}, average of the weights {c.ema:g}.",
-        f"The run was started {len(summary.get('starts', [])) or 1} time(s); `run.json` holds the settings of each start.\n",
+        f"`run.json` holds every setting{f', of each of the {starts} starts of the run' if starts > 1 else ''}.\n",
         "| from step | crops | a batch | changes before encoding | clips |\n|---|---|---|---|---|",
         *(tell_stage(stage, c.steps) for stage in c.stages),
         "\n## Licence\n\n" + tell_licence(c.init, first, licence),

@@ -105,12 +105,13 @@ def draw(runs: list[Run]) -> Any:
     """A matplotlib figure with one panel for each quantity, the runs in their colours."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.ticker import LogLocator, MaxNLocator
 
     shown = panels(runs)
     rows = max(1, math.ceil(len(shown) / COLUMNS))
     with rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}):
-        figure = Figure(figsize=(12, 0.7 + 2.7 * rows), layout="constrained")
+        figure = Figure(figsize=(12, 0.7 + 2.7 * rows), layout=ConstrainedLayoutEngine(h_pad=0.1))
         axes = figure.subplots(rows, COLUMNS, squeeze=False, sharex=True).flatten()
         for axis in axes[len(shown) :]:
             axis.set_axis_off()
@@ -145,7 +146,6 @@ def draw(runs: list[Run]) -> Any:
             axis.xaxis.set_major_formatter(lambda step, _: f"{step / 1000:g}k" if step >= 1000 else f"{step:g}")
         for axis in axes[max(0, len(shown) - COLUMNS) : len(shown)]:
             axis.set_xlabel("step")
-        figure.get_layout_engine().set(h_pad=0.1)
         if handles:
             handles = dict(sorted(handles.items(), key=lambda item: item[0].startswith("baseline")))
             figure.legend(handles.values(), handles.keys(), loc="outside upper left", ncols=min(5, len(handles)), frameon=False)
