@@ -175,46 +175,64 @@ def assert_same(a: Any, b: Any, place: str = "checkpoint") -> None:
         assert a == b, place
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_run_killed_at_step_13_goes_on_from_10_as_if_nothing_had_been(workers: int, tmp_path: Path) -> None:
-    whole = train(config(tmp_path, "whole"))
-    assert whole.returncode == 0, whole.stderr
-    killed = train(config(tmp_path, "killed"), f"workers={workers}", kill_at=13)
-    assert killed.returncode == -signal.SIGKILL
-    assert torch.load(tmp_path / "killed/checkpoint.pt", weights_only=True)["step"] == 10
-    resumed = train(config(tmp_path, "killed"), f"workers={workers}")
-    assert resumed.returncode == 0, resumed.stderr
-    a, b = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "killed"))
-    assert a["adversary"]["memories"][0][0], "the discriminator's memory is part of the checkpoint"
-    assert_same(a, b)
-    run = json.loads((tmp_path / "killed/export/run.json").read_text())
-    assert (run["steps"], [start["step"] for start in run["starts"]]) == (20, [0, 10])
-    assert run["val"]["psnr"] > 5
-    FastDecoder.from_pretrained(tmp_path / "killed/export")
+def run(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trainer in this process, in float32."""
+    monkeypatch.setattr(module("train"), "mixed_precision", lambda *_: "no")
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config", *arguments])
+    module("train").main()
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As the processes of `train` have: sums over threads differ in their last bit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_a_run_that_is_killed_goes_on(number: signal.Signals, tmp_path: Path) -> None:
-    """Asked to end it saves where it is; killed it goes on from its last checkpoint. Either way the same command finishes it."""
-    command = [sys.executable, str(ROOT / "training/train.py"), "--config", config(tmp_path, "run"), "steps=100000", "save_every=1", "gan.weight=0"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    checkpoint = tmp_path / "run/checkpoint.pt"
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    while not checkpoint.exists():
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.2)
-    process.send_signal(number)
-    said = process.communicate(timeout=120)[0]
-    at = torch.load(checkpoint, weights_only=True)["step"]
-    if number != signal.SIGKILL:
-        assert f"stopped at step {at} of 100000; the same command goes on" in said
-    done = subprocess.run([*command, f"steps={at + 2}"], env=environment, check=False, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    run = json.loads((tmp_path / "run/export/run.json").read_text())
-    assert [start["step"] for start in run["starts"]] == [0, at]
-    assert run["steps"] == at + 2
+@pytest.mark.usefixtures("one_thread")
+def test_a_run_killed_at_step_13_goes_on_from_10_as_if_nothing_had_been(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(config(tmp_path, "whole"), monkeypatch=monkeypatch)
+    whole = torch.load(tmp_path / "whole/checkpoint.pt", weights_only=True)
+    assert whole["adversary"]["memories"][0][0], "the discriminator's memory is part of the checkpoint"
+    for workers in (0, 2):
+        name = f"killed-{workers}"
+        killed = train(config(tmp_path, name), f"workers={workers}", kill_at=13)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        assert torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["step"] == 10
+        run(config(tmp_path, name), f"workers={workers}", monkeypatch=monkeypatch)
+        assert_same(whole, torch.load(tmp_path / name / "checkpoint.pt", weights_only=True))
+        told = json.loads((tmp_path / name / "export/run.json").read_text())
+        assert (told["steps"], [start["step"] for start in told["starts"]]) == (20, [0, 10])
+        assert told["val"]["psnr"] > 5
+        FastDecoder.from_pretrained(tmp_path / name / "export")
+
+
+@pytest.mark.slow
+def test_a_run_that_is_asked_to_end_saves_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By SIGTERM, then by Ctrl-C; the same command goes on each time."""
+    path = config(tmp_path, "run")
+    changes = ["steps=100000", "save_every=1000", "gan.weight=0"]
+    command = [sys.executable, str(ROOT / "training/train.py"), "--config", path, *changes]
+    log, at = tmp_path / "run/log.jsonl", [0]
+    for number in (signal.SIGTERM, signal.SIGINT):
+        process = subprocess.Popen(
+            command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        while not log.exists() or log.read_text().count('"samples"') < len(at):
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.2)
+        time.sleep(1)  # the data have been told of; the loop begins
+        process.send_signal(number)
+        said = process.communicate(timeout=120)[0]
+        at.append(torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["step"])
+        assert f"stopped at step {at[-1]} of 100000; the same command goes on" in said
+    run(path, *changes[1:], f"steps={at[-1] + 2}", monkeypatch=monkeypatch)
+    told = json.loads((tmp_path / "run/export/run.json").read_text())
+    assert [start["step"] for start in told["starts"]] == at
+    assert told["steps"] == at[-1] + 2
 
 
 @pytest.mark.slow
@@ -465,13 +483,6 @@ def test_a_tiny_encoder_of_sixteen_channels_from_its_file() -> None:
         frozen(path=path)
     with pytest.raises(SystemExit, match="holds no encoder"):
         frozen(path=str(SHARED / "weights/taesd3_decoder.safetensors"), **SPACE)
-
-
-def run(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The trainer in this process, in float32."""
-    monkeypatch.setattr(module("train"), "mixed_precision", lambda *_: "no")
-    monkeypatch.setattr(sys, "argv", ["train.py", "--config", *arguments])
-    module("train").main()
 
 
 def test_latents_of_sixteen_channels_from_a_real_vae_with_every_term(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -141,8 +141,8 @@ class Config:
     trackers: list[str] = field(default_factory=list)  # of Accelerate, such as tensorboard
 
     def __post_init__(self) -> None:
-        for where, names, known in (("losses", self.losses, TERMS), ("perceptual_share", self.perceptual_share, TERMS["perceptual"])):
-            known = [name for group in known.values() for name in group] if isinstance(known, dict) else list(known)
+        every = [name for group in TERMS.values() for name in group]
+        for where, names, known in (("losses", self.losses, every), ("perceptual_share", self.perceptual_share, TERMS["perceptual"])):
             for name in names:
                 if name not in known:
                     raise ValueError(unknown(name, known, where))

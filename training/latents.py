@@ -24,6 +24,8 @@ from fast_latent_decoders.encoder import load_tiny_encoder
 class FrozenEncoder:
     """Pictures (N, 3, H, W) in [-1, 1] to scaled latents (N, C, H/8, W/8); what goes in and comes out stays in main memory."""
 
+    network: Any  # a tiny encoder, or a VAE without its decoder
+
     def __init__(self, network: nn.Module, name: str, channels: int) -> None:
         self.network = network.float().eval().requires_grad_(False).to(memory_format=torch.channels_last)
         self.name, self.channels, self.device = name, channels, torch.device("cpu")
@@ -129,7 +131,7 @@ def load_encoder(encoder: Encoder, stand_in: StandIn, model: FastDecoder) -> Fro
         except RuntimeError as error:
             raise SystemExit(f"{error}: here, encoder.path=FOLDER, Hub id or a TAESD-like file") from None
     elif path.endswith(".safetensors"):
-        found = TinyEncoder(network := read_tiny(Path(path)), Path(path).name, network.layers[-1].out_channels)  # type: ignore[index,union-attr]
+        found = TinyEncoder(*read_tiny(Path(path)))
     else:
         vae = read_vae(path, encoder.subfolder)
         if type(vae).__name__ == "AutoencoderTiny":
@@ -149,8 +151,8 @@ def load_encoder(encoder: Encoder, stand_in: StandIn, model: FastDecoder) -> Fro
     return found
 
 
-def read_tiny(path: Path) -> nn.Module:
-    """TAESD's encoder from a file in madebyollin/taesd's layout or diffusers', any number of latent channels."""
+def read_tiny(path: Path) -> tuple[nn.Module, str, int]:
+    """TAESD's encoder from a file in madebyollin/taesd's layout or diffusers', its name and its number of latent channels."""
     state = {key.removeprefix("encoder.").removeprefix("layers."): value.float() for key, value in load_file(path).items() if "decoder" not in key}
     last = max((key for key in state if key.endswith("weight")), key=lambda key: int(key.split(".")[0]), default=None)
     if last is None or state[last].ndim != 4:
@@ -160,7 +162,7 @@ def read_tiny(path: Path) -> nn.Module:
         network.load_state_dict({f"layers.{key}": value for key, value in state.items()}, strict=True)
     except RuntimeError as error:
         raise SystemExit(f"{path} holds no encoder of TAESD's shape: {error}") from None
-    return network
+    return network, path.name, len(state[last])
 
 
 def read_vae(path: str, subfolder: str | None) -> Any:

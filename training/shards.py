@@ -11,7 +11,7 @@ import argparse
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ class Shard:
 class Shards:
     """Shards by number. While one is trained on, `c.workers` processes crop for the next."""
 
-    def __init__(self, c: Config, sources: dict[str, Sources], encoder: FrozenEncoder, accelerator: Accelerator) -> None:
+    def __init__(self, c: Config, sources: Mapping[Any, Sources], encoder: FrozenEncoder, accelerator: Accelerator) -> None:
         self.c, self.sources, self.encoder, self.accelerator = c, sources, encoder, accelerator
         self.held: dict[str, tuple[tuple[int, int], Shard]] = {}  # kind -> its key and shard
         self.ahead: dict[tuple[str, int, int], Iterator[Any]] = {}
