@@ -21,7 +21,7 @@ def without_torchvision(name, path=None, target=None):
     return None if name.split(".")[0] == "torchvision" else find_spec(name, path, target)
 
 
-PathFinder.find_spec = without_torchvision
+PathFinder.find_spec = staticmethod(without_torchvision)  # dill, where it is installed, calls it on an instance
 """
 
 

@@ -9,6 +9,7 @@ A crop is a function of its seed and its number alone: not of the processes that
 
 import logging
 from collections.abc import Sequence
+from functools import cache
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -26,7 +27,8 @@ from fast_latent_decoders.atomic import reason
 
 log = logging.getLogger(__name__)
 
-TRIES = 1000  # samples of a source that may fail in a row
+TRIES = 1000  # samples of a source that may fail in a row, most of them for being too small
+CORRUPT = 100  # of them that may be corrupt
 
 
 class Sample(NamedTuple):
@@ -117,6 +119,11 @@ def read(
     return Sample(pictures, boxes, entry.key)
 
 
+@cache
+def warn_once(message: str) -> None:
+    log.warning(message)
+
+
 class Crops(Dataset[Item]):
     """`count` random crops of a part, as a stage wants them.
 
@@ -138,23 +145,33 @@ class Crops(Dataset[Item]):
         size = f"{stage.crop} px" + (f" and {self.frames} frames" if clips else "")
         for pool, places in fitting:
             if not len(places):
-                log.warning("no sample of %s has %s: it is not drawn from in this stage", pool.source.path, size)
+                warn_once(f"no sample of {pool.source.path} has {size}: it is not drawn from in this stage")
         if not self.pools:
             raise ValueError(f"no source has a sample with a short side of at least {size}: lower the crop, or add larger ones")
+        if (
+            faces.weight != 1
+            and not faces.detector
+            and not any(e.boxes is not None for pool, _ in self.pools for e in pool.entries)
+        ):
+            warn_once("faces have a weight, but no sample has boxes: give faces.detector, or faces count like the rest")
         self.weights = np.cumsum([pool.source.weight for pool, _ in self.pools])
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, i: int) -> Item:
+        if not 0 <= i < self.count:
+            raise IndexError(f"crop {i} of {self.count}")  # which also ends a loop over the crops
         rng = np.random.default_rng((*self.seed, i))
         pool, places = self.pools[int(np.searchsorted(self.weights, rng.random() * self.weights[-1], side="right"))]
         skipped: list[str] = []
-        for _ in range(TRIES):
+        small = 0
+        while small + len(skipped) < TRIES and len(skipped) < CORRUPT:
             entry = pool.entries[places[rng.integers(len(places))]]
             try:
                 sample = read(pool.source, entry, self.frames, self.stage.crop, rng, self.stage.stride)
             except TooSmall:
+                small += 1
                 continue
             except Exception as error:  # noqa: BLE001 (whatever a decoder raises on broken bytes)
                 skipped.append(f"{entry.key}: {reason(error)}")
@@ -164,8 +181,8 @@ class Crops(Dataset[Item]):
             return Item(target, mask, skipped)
         shown = "; ".join(list(dict.fromkeys(skipped))[:3])
         raise ValueError(
-            f"{TRIES} samples of {pool.source.path} in a row cannot be used: {len(skipped)} are corrupt, "
-            f"{TRIES - len(skipped)} smaller than {max(self.stage.crop, pool.source.min_size)} px. {shown}"
+            f"{small + len(skipped)} samples of {pool.source.path} in a row cannot be used: {len(skipped)} are corrupt, "
+            f"{small} smaller than {max(self.stage.crop, pool.source.min_size)} px. {shown}"
         )
 
 

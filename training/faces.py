@@ -44,7 +44,11 @@ class FaceDetector:
 
         if self._made is None or self._made[0] != os.getpid():
             cv2.setNumThreads(1)  # the workers are the threads; and a result must not depend on how many there are
+            level = cv2.utils.logging.setLogLevel(
+                cv2.utils.logging.LOG_LEVEL_ERROR
+            )  # errors only: OpenCV 5 warns at each creation that it chooses its own target
             self._made = os.getpid(), cv2.FaceDetectorYN.create(str(self.path), "", (32, 32), SCORE)
+            cv2.utils.logging.setLogLevel(level)
         detector = self._made[1]
         detector.setInputSize((picture.shape[2], picture.shape[1]))
         found = detector.detect(np.ascontiguousarray(picture.flip(0).permute(1, 2, 0).numpy()))[1]  # OpenCV's order is BGR

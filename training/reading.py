@@ -7,7 +7,7 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from fast_latent_decoders.pictures import _rgb as to_rgb
@@ -24,15 +24,19 @@ def read_picture(file: BinaryIO, side: int = 0) -> Tensor:
         TooSmall: the short side has fewer than `side` px; found without decoding.
         Exception: the picture is broken; Pillow raises a dozen types.
     """
-    with Image.open(file) as image:
+    try:
+        image = Image.open(file)
+    except UnidentifiedImageError:  # its message has an address in memory, another one each time
+        raise ValueError("no picture that Pillow can read") from None
+    with image:
         if min(image.size) < side:
             raise TooSmall
         image.load()
-        upright = ImageOps.exif_transpose(image)
-        if upright.mode == "RGB" and not upright.has_transparency_data:
-            values = np.array(upright)
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode == "RGB" and not image.has_transparency_data:
+            values = np.array(image)
         else:
-            values = (to_rgb(Path("it"), upright) * 255).round().astype(np.uint8)
+            values = (to_rgb(Path("it"), image) * 255).round().astype(np.uint8)
     return torch.from_numpy(values).permute(2, 0, 1)[None]
 
 
