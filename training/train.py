@@ -23,6 +23,7 @@ from adversary import Adversary, adaptive_ratio
 from config import Config, read_config
 from data import Sources, pick
 from export import machine, summary, write_export
+from faces import FaceDetector
 from grow import branch, fold_branches, grow
 from latents import load_encoder
 from losses import PERCEPTUAL, PLAIN, WEIGHTED, ShiftTolerantLPIPS, perceptual, temporal
@@ -123,6 +124,7 @@ def main() -> None:
     shards = Shards(c, sources, encoder, accelerator)
 
     # What is minimised.
+    detector = FaceDetector(c.faces.detector) if c.faces.detector else None
     stlpips = ShiftTolerantLPIPS().to(device).to(memory_format=torch.channels_last)  # measures, and may be a term
     features = {
         name: stlpips if name == "stlpips" else perceptual(name, c.squeezenet).to(device).to(memory_format=torch.channels_last)
@@ -196,14 +198,15 @@ def main() -> None:
         trained = {key: value.clone() for key, value in network.state_dict().items()}
         network.load_state_dict(ema)
         network.eval()
-        found = measure(decode_with(network), encoder, val, share=0.5, stlpips=stlpips)
+        found = measure(decode_with(network), encoder, val, share=0.5, stlpips=stlpips, detector=detector)
         decoders = {str(c.baseline): decode_with(baseline)} if baseline else {}
         sheet = draw({**decoders, f"step {step}": decode_with(network)}, encoder, val[:4])
         (out / "pictures").mkdir(exist_ok=True)
         sheet.save(out / "pictures" / f"{step:07d}.png")
         for tracker in accelerator.trackers:
             if hasattr(tracker, "log_images"):
-                tracker.log_images({"pictures": np.array(sheet)[None]}, step=step)
+                order = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({"pictures": np.array(sheet)[None]}, step=step, **order)
         network.train().load_state_dict(trained)
         return found
 
@@ -213,7 +216,7 @@ def main() -> None:
     samples = {path: count for found in sources.values() for path, count in found.counts().items()}
     note(data={"samples": samples, "encoder": {"name": encoder.name, "hash": encoder.hash}, "machine": machine()})
     if baseline and step == begun and accelerator.is_main_process:
-        note(baseline=measure(decode_with(baseline), encoder, val, share=0.5, stlpips=stlpips))
+        note(baseline=measure(decode_with(baseline), encoder, val, share=0.5, stlpips=stlpips, detector=detector))
 
     seen: dict[str, float] = {}
     crops, since = 0, time.perf_counter()

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from data import Sample
+from faces import FaceDetector
 from latents import FrozenEncoder
 from losses import ShiftTolerantLPIPS, temporal
 from PIL import Image
@@ -84,9 +85,22 @@ def flat_colours(decode: Decode, encoder: FrozenEncoder, every: int = 1) -> dict
 
 
 @torch.no_grad()
-def measure(decode: Decode, encoder: FrozenEncoder, samples: list[Sample], share: float, stlpips: ShiftTolerantLPIPS) -> dict[str, float]:
-    """Quick means for the log of a training run."""
-    rows = [measure_picture(decode(z + share * table, len(x)), x, stlpips, thorough=False) for x, z, table in latents_of(encoder, samples)]
+def measure(
+    decode: Decode,
+    encoder: FrozenEncoder,
+    samples: list[Sample],
+    share: float,
+    stlpips: ShiftTolerantLPIPS,
+    detector: FaceDetector | None = None,
+) -> dict[str, float]:
+    """Quick means for the log of a training run; with a detector also the PSNR within faces, over the pictures that have some."""
+    rows = []
+    for sample, (x, z, table) in zip(samples, latents_of(encoder, samples), strict=True):
+        y = decode(z + share * table, len(x))
+        rows.append(measure_picture(y, x, stlpips, thorough=False))
+        if detector and (mask := detector.mask(to_bytes(x), sample.boxes)).any():
+            error = (to_bytes(y).float() - to_bytes(x).float()).square().mean(1, keepdim=True)[mask].mean()
+            rows[-1]["psnr_faces"] = (10 * torch.log10(255**2 / error.clamp_min(1e-6))).item()
     means = {key: float(np.mean([row[key] for row in rows if key in row])) for key in {key: None for row in rows for key in row}}
     return {key: round(value, 4) for key, value in {**means, **flat_colours(decode, encoder, every=97)}.items()}
 
