@@ -344,7 +344,7 @@ def fabricate(run: Path, lr: float, torn: str = "") -> Path:
     config = {"lr": lr, "warmup": 10, "steps": 400, "final_lr": 0.02, "losses": {"l1": 1}, "out": "same"}
     lines: list[Any] = [{"config": config, "step": 0}, {"baseline": {"psnr": 25.0, "stlpips": 0.09}}, {"unheard": "of"}, 3]
     for step in range(50, 401, 50):
-        lines.append({"step": step, "time": step, "norm": 1.0, "l1": 10 / step, "gan": -0.1, "waiting": 0.1, "crops_per_s": 40.0})
+        lines.append({"step": step, "time": step, "norm": 1.0, "lr": lr, "l1": 10 / step, "gan": -0.1, "waiting": 0.1, "crops_per_s": 40.0})
         lines.append({"step": step, "val": {"psnr": 20 + step / 100, "stlpips": None, "flat_psnr": math.nan}})
     write_log(run, lines, torn)
     (run / "pictures").mkdir()

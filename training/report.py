@@ -20,11 +20,14 @@ from export import read_log
 from fast_latent_decoders.atomic import FileError, replacing
 
 VALIDATION = {
-    "psnr": "PSNR, dB (higher is better)", "stlpips": "ST-LPIPS (lower is better)", "tint_size": "mean |tint|, 1/255 (lower is better)",
+    "psnr": "PSNR, dB (higher is better)", "ssim": "SSIM (higher is better)", "stlpips": "ST-LPIPS (lower is better)",
+    "tint_size": "mean |tint|, 1/255 (lower is better)", "psnr_faces": "PSNR in faces, dB (higher is better)",
     "flat_psnr": "flat colours: PSNR, dB (higher is better)", "flat_worst": "flat colours: worst error, 1/255 (lower is better)",
 }  # fmt: skip
-THROUGHPUT = {"crops_per_s": "crops a second", "waiting": "share of time waiting for data"}
-OTHERS = {"step", "time", "lr", *THROUGHPUT}
+THROUGHPUT = {
+    "crops_per_s": "crops a second", "waiting": "share of time waiting for data", "encoding": "share of time encoding"
+}  # fmt: skip
+OTHERS = {"step", "time", "lr", "skipped", *THROUGHPUT}
 COLUMNS = 3
 STYLE = """body{font:15px/1.5 sans-serif;max-width:1240px;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;margin-bottom:1em}td,th{padding:.25em .9em;border-bottom:1px solid #ddd;text-align:right}
@@ -47,17 +50,6 @@ class Run:
     pace: dict[str, Curve] = field(default_factory=dict)  # learning rate and throughput
 
 
-def planned_rate(config: dict[str, Any], step: int) -> float | None:
-    """train.py's learning rate, for logs without it; None if the configuration is not one of train.py's."""
-    try:
-        if step < config["warmup"]:
-            return config["lr"] * (step + 1) / config["warmup"]
-        progress = (step - config["warmup"]) / max(1, config["steps"] - config["warmup"])
-        return config["lr"] * (config["final_lr"] + (1 - config["final_lr"]) * 0.5 * (1 + math.cos(math.pi * progress)))
-    except (KeyError, TypeError):
-        return None
-
-
 def add(curves: dict[str, Curve], step: int, values: dict[str, Any]) -> None:
     for key, value in values.items():
         if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
@@ -77,11 +69,7 @@ def read_run(folder: Path) -> Run:
                 add(run.val, step, entry["val"])
             elif "norm" in entry:
                 add(run.losses, step, {key: value for key, value in entry.items() if key not in OTHERS})
-                add(
-                    run.pace,
-                    step,
-                    {"lr": planned_rate(run.config, step)} | {k: entry[k] for k in ("lr", *THROUGHPUT) if k in entry},
-                )
+                add(run.pace, step, {key: value for key, value in entry.items() if key in ("lr", *THROUGHPUT)})
     return run
 
 
@@ -139,7 +127,7 @@ def draw(runs: list[Run]) -> Any:
             elif key == "lr":
                 axis.yaxis.set_major_formatter("{x:g}")
             if kind == "pace":
-                axis.set_ylim(0, 1 if key == "waiting" else 1.1 * max(values))
+                axis.set_ylim(0, 1 if key in ("waiting", "encoding") else 1.1 * max(values))
             axis.set_title(title, loc="left", fontsize=9.5)
             axis.xaxis.set_tick_params(labelbottom=True)
             axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
