@@ -288,6 +288,27 @@ def test_wrong_keys_and_values_are_named(change: str, message: str, tmp_path: Pa
         module("config").read_config(config(tmp_path, "x"), [change])
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("decoder._class_name=SubpixelDecodr", "unknown class 'SubpixelDecodr' in decoder._class_name: did you mean SubpixelDecoder?"),
+        ("decoder.width=3", "decoder: .*unexpected keyword argument 'width'"),
+        ("init=subpixel-sdx", "there is no preset or folder called 'subpixel-sdx'; did you mean subpixel-sdxl"),
+        ("data.0.path=nowhere/*.tar", r"nowhere/\*\.tar matches no file or folder"),
+        ("data.0.min_size=5000", "1000 smaller than 5000 px"),
+        ("faces.detector=nowhere.onnx", "there is no face detector at nowhere.onnx"),
+        ("losses={squeeze: 1}", "the term squeeze needs squeezenet=PATH"),
+        ("trackers=[paper]", "Unsupported logging capability: paper"),
+        ("teacher={path: taesd, output: 1}", "the teacher taesd"),
+    ],
+)
+def test_what_cannot_be_had_is_one_sentence_at_the_start(
+    change: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SystemExit, match=message):
+        run(config(tmp_path, "x"), change, monkeypatch=monkeypatch)
+
+
 def test_changes_reach_inside_and_the_config_is_frozen(tmp_path: Path) -> None:
     c = module("config").read_config(config(tmp_path, "x"), ["stand_in.noise=0.5", "lr=2e-4", "losses.mse=3"])
     assert (c.stand_in.noise, c.lr, c.losses) == (0.5, 2e-4, {"l1": 1.0, "mse": 3.0})

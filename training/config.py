@@ -11,6 +11,8 @@ from losses import TERMS
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from fast_latent_decoders import FastDecoder
+
 STRICT = ConfigDict(extra="forbid")
 
 
@@ -166,10 +168,11 @@ SECTIONS = {
 }  # fmt: skip
 
 
-def unknown(name: str, known: Iterable[str], where: str) -> str:
+def unknown(name: str, known: Iterable[str], where: str, what: str = "key") -> str:
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=1)
-    return f"unknown key {name!r} in {where}" + (f": did you mean {near[0]}?" if near else ".") + f" The keys are {', '.join(known)}"
+    said = f"unknown {what} {name!r} in {where}" + (f": did you mean {near[0]}?" if near else ".")
+    return f"{said} There are {', '.join(known)}"
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -212,6 +215,22 @@ def read_config(path: str, changes: list[str]) -> Config:
         return TypeAdapter(Config).validate_python(values)
     except ValidationError as error:
         raise SystemExit("\n".join(explain(problem, path) for problem in error.errors())) from None
+
+
+def build_decoder(c: Config) -> FastDecoder:
+    """The decoder of a configuration, with random weights.
+
+    Raises:
+        SystemExit: no such class, or an argument that it does not take.
+    """
+    values = dict(c.decoder)
+    name = values.pop("_class_name", None)
+    if name not in FastDecoder.families:
+        raise SystemExit(unknown(str(name), FastDecoder.families, "decoder._class_name", "class"))
+    try:
+        return FastDecoder.families[name](**values)
+    except (TypeError, ValueError) as error:
+        raise SystemExit(f"decoder: {error}") from None
 
 
 def explain(problem: Any, path: str) -> str:

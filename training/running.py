@@ -3,7 +3,8 @@
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +16,31 @@ def mixed_precision(network: nn.Module, channels: int) -> str:
     """ "bf16" or "no". On a CPU one step is timed each way: with AMX or AVX512-BF16 bfloat16 wins, without it loses (DESIGN 4)."""
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported() else "no"
-    z = torch.randn(2, channels, 16, 16).contiguous(memory_format=torch.channels_last)
-    seconds = {}
-    for precision in ("no", "bf16"):
+
+    def seconds(precision: str, size: int, backward: bool) -> float:
+        z = torch.randn(2, channels, size, size).contiguous(memory_format=torch.channels_last)
         for _ in range(3):  # the last one counts
             start = time.perf_counter()
-            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"), torch.set_grad_enabled(backward):
                 y = network(z)
-            y.float().abs().mean().backward()
-            seconds[precision] = time.perf_counter() - start
+            if backward:
+                y.float().abs().mean().backward()
+            taken = time.perf_counter() - start
             network.zero_grad(set_to_none=True)
-            if seconds[precision] > 5 * seconds.get("no", 1e9):
-                return "no"  # emulated: no need to wait for it
-    return min(seconds, key=lambda precision: seconds[precision])
+        return taken
+
+    if seconds("bf16", 4, backward=False) > 2 * seconds("no", 4, backward=False):
+        return "no"  # emulated, and too slow to be timed at length
+    return min(("no", "bf16"), key=lambda precision: seconds(precision, 16, backward=True))
+
+
+@contextmanager
+def sentences() -> Iterator[None]:
+    """What is wrong with what the user gave (a path, a package, a name) is said in one sentence, without a traceback."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise SystemExit(str(error)) from error
 
 
 def make_room(out: Path, size: int) -> None:

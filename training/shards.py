@@ -19,15 +19,14 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from config import Config, Stage, read_config
+from config import Config, Stage, build_decoder, read_config
 from data import Crops, Sources, collate
 from latents import FrozenEncoder, load_encoder
+from running import sentences
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-
-from fast_latent_decoders import FastDecoder
 
 
 @dataclass
@@ -107,11 +106,14 @@ class Shards:
         generator.manual_seed(int(rng.integers(2**62)))
         if c.stand_in.redraw:
             encoder.redraw(generator)
-        batches = self.ahead.pop((kind, stage, number), None) or self._crops(stage, kind, number)
+        with sentences():
+            batches = self.ahead.pop((kind, stage, number), None) or self._crops(stage, kind, number)
         parts: list[tuple[Tensor, ...]] = []
         while True:
             start = time.perf_counter()
-            if (batch := next(batches, None)) is None:
+            with sentences():
+                batch = next(batches, None)
+            if batch is None:
                 break
             targets, faces, skipped = batch
             self.skipped.update(skipped)
@@ -169,11 +171,11 @@ def main() -> None:
     parser.add_argument("changes", nargs="*", metavar="key=value")
     arguments = parser.parse_args()
     c = read_config(arguments.config, [*arguments.changes, "cache=null"])
-    family = dict(c.decoder)
-    model = FastDecoder.families[family.pop("_class_name")](**family)
     accelerator = Accelerator()
-    encoder = load_encoder(c.encoder, c.stand_in, model).to(accelerator.device)
-    shards = Shards(c, {kind: Sources(c.data, kind, c.seed) for kind in {source.kind for source in c.data}}, encoder, accelerator)
+    with sentences():
+        encoder = load_encoder(c.encoder, c.stand_in, build_decoder(c)).to(accelerator.device)
+        sources = {kind: Sources(c.data, kind, c.seed) for kind in {source.kind for source in c.data}}
+    shards = Shards(c, sources, encoder, accelerator)
     for stage, about in enumerate(c.stages):
         for kind in ("pictures",) * (about.clips < 1) + ("clips",) * (about.clips > 0):
             folder = arguments.out / f"{stage}-{kind}"

@@ -20,13 +20,13 @@ def load_teacher(path: str, space: LatentSpace) -> nn.Module:
     """
     try:
         model: Any = FastDecoder.from_pretrained(path).float()
-        channels, network = model.config.latent_channels, model.decoder
+        network, name = model.decoder, model.latent_space.name
     except (OSError, ValueError):
-        model = read_vae(path, None)
-        channels = model.config.latent_channels
+        model, name = read_vae(path, None), space.name  # a VAE does not tell its space's name, but its channels
         network = model.decoder if type(model).__name__ == "AutoencoderTiny" else FullDecoder(model)
-    if channels != space.channels:
-        raise SystemExit(f"the teacher {path} takes latents of {channels} channels, the decoder {space.channels}")
+    if (model.config.latent_channels, name) != (space.channels, space.name):
+        theirs = f"{model.config.latent_channels} channels of the latent space {name!r}"
+        raise SystemExit(f"the teacher {path} takes latents of {theirs}, the decoder {space.channels} of {space.name!r}")
     return network.eval().requires_grad_(False)
 
 

@@ -20,14 +20,14 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from adversary import Adversary, adaptive_ratio
-from config import Config, read_config
+from config import Config, build_decoder, read_config
 from data import Sources, pick
 from export import machine, summary, write_export
 from faces import FaceDetector
 from grow import branch, fold_branches, grow
 from latents import load_encoder
 from losses import PERCEPTUAL, PLAIN, WEIGHTED, ShiftTolerantLPIPS, perceptual, temporal
-from running import make_room, mixed_precision, save, stop_requested
+from running import make_room, mixed_precision, save, sentences, stop_requested
 from shards import Shards
 from teacher import Lesson
 from torch import Tensor, nn
@@ -92,8 +92,7 @@ def main() -> None:
     torch.manual_seed(c.seed)
 
     # The decoder and where it begins.
-    family = dict(c.decoder)
-    model = FastDecoder.families[family.pop("_class_name")](**family)
+    model = build_decoder(c)
     network = model.decoder.to(memory_format=torch.channels_last).train()
     make_room(out, sum(parameter.numel() * parameter.element_size() for parameter in network.parameters()))
     state = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True) if (out / "checkpoint.pt").exists() else None
@@ -101,36 +100,36 @@ def main() -> None:
     if state is None and c.warm_start:
         step = begun = warm_start(c, model)
     elif state is None and c.init:
-        grow(FastDecoder.from_pretrained(c.init).float(), model, torch.Generator().manual_seed(c.seed))
+        with sentences():
+            grow(FastDecoder.from_pretrained(c.init).float(), model, torch.Generator().manual_seed(c.seed))
     if c.branches:
         branch(network)
+
+    # Data: pictures and clips.
+    with sentences():
+        sources = {kind: Sources(c.data, kind, c.seed) for kind in sorted({source.kind for source in c.data})}
+        val = pick(c.val, c.val_count)
+        detector = FaceDetector(c.faces.detector) if c.faces.detector else None
 
     # The machine.
     precision = state["precision"] if state else mixed_precision(network, model.config.latent_channels)
     cpu = not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
     PartialState(cpu=cpu)  # the processes meet
-    accelerator = Accelerator(
-        mixed_precision=broadcast_object_list([precision])[0], cpu=cpu, log_with=[*c.trackers] or None, project_dir=str(out)
-    )
+    with sentences():
+        precision = broadcast_object_list([precision])[0]
+        accelerator = Accelerator(mixed_precision=precision, cpu=cpu, log_with=[*c.trackers] or None, project_dir=str(out))
     device, rank = accelerator.device, accelerator.process_index
 
-    # Data: pictures and clips, the encoder that makes latents of them.
-    try:
-        sources = {kind: Sources(c.data, kind, c.seed) for kind in sorted({source.kind for source in c.data})}
-        val = pick(c.val, c.val_count)
-    except (FileNotFoundError, ValueError, ImportError) as error:  # a path, a filter or a package: its sentence says which
-        raise SystemExit(str(error)) from None
+    # The encoder that makes latents, and what is minimised.
     encoder = load_encoder(c.encoder, c.stand_in, model).to(device)
     shards = Shards(c, sources, encoder, accelerator)
-
-    # What is minimised.
-    detector = FaceDetector(c.faces.detector) if c.faces.detector else None
     stlpips = ShiftTolerantLPIPS().to(device).to(memory_format=torch.channels_last)  # measures, and may be a term
-    features = {
-        name: stlpips if name == "stlpips" else perceptual(name, c.squeezenet).to(device).to(memory_format=torch.channels_last)
-        for name in PERCEPTUAL
-        if c.losses.get(name)
-    }
+    with sentences():
+        features = {
+            name: stlpips if name == "stlpips" else perceptual(name, c.squeezenet).to(device).to(memory_format=torch.channels_last)
+            for name in PERCEPTUAL
+            if c.losses.get(name)
+        }
     lesson = Lesson(c.teacher, model.latent_space, network, device) if c.teacher.path else None
     adversary = Adversary(c.gan, model.config.latent_channels, accelerator, c.accumulate) if c.gan.weight else None
     last = [parameter for parameter in network.parameters() if parameter.ndim == 4][-1]
