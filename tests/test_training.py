@@ -212,20 +212,21 @@ def test_a_run_killed_at_step_13_goes_on_from_10_as_if_nothing_had_been(tmp_path
 
 @pytest.mark.slow
 def test_a_run_that_is_asked_to_end_saves_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By SIGTERM, then by Ctrl-C; the same command goes on each time."""
+    """By SIGTERM, then by Ctrl-C, both of which its workers get too; the same command goes on each time."""
     path = config(tmp_path, "run")
-    changes = ["steps=100000", "save_every=1000", "gan.weight=0"]
+    changes = ["steps=100000", "save_every=1000", "gan.weight=0", "workers=2"]
     command = [sys.executable, str(ROOT / "training/train.py"), "--config", path, *changes]
     log, at = tmp_path / "run/log.jsonl", [0]
     for number in (signal.SIGTERM, signal.SIGINT):
         process = subprocess.Popen(
-            command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+            command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            start_new_session=True,
+        )  # fmt: skip
         while not log.exists() or log.read_text().count('"samples"') < len(at):
             assert process.poll() is None, process.communicate()[0]
             time.sleep(0.2)
         time.sleep(1)  # the data have been told of; the loop begins
-        process.send_signal(number)
+        os.killpg(process.pid, number)
         said = process.communicate(timeout=120)[0]
         at.append(torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["step"])
         assert f"stopped at step {at[-1]} of 100000; the same command goes on" in said

@@ -9,6 +9,7 @@ holds follows from the seed, its number and the process alone.
 
 import argparse
 import json
+import signal
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -97,7 +98,7 @@ class Shards:
         crops = Crops(part, c.stages[stage], c.faces, seed, self.count(c.stages[stage], kind), kind == "clips")
         size = max(1, 32 // frames)
         ahead = -(-len(crops) // size // c.workers) if c.workers else None  # the whole of the next shard
-        return iter(DataLoader(crops, size, num_workers=c.workers, collate_fn=collate, prefetch_factor=ahead))
+        return iter(DataLoader(crops, size, num_workers=c.workers, collate_fn=collate, prefetch_factor=ahead, worker_init_fn=deaf))
 
     def _make(self, stage: int, kind: str, number: int) -> Shard:
         c, encoder = self.c, self.encoder
@@ -143,6 +144,12 @@ class Shards:
         targets = ((x + 1) * 127.5).round().to(torch.uint8)
         first, second, third = (part.unflatten(0, (clips, frames)) for part in (latents, table, targets))
         return first, second, third
+
+
+def deaf(_: int) -> None:
+    """A signal to the whole group (Ctrl-C, a cluster's SIGTERM) is for the trainer, which saves; its workers end when it does."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def conventions(c: Config, encoder: FrozenEncoder, stage: int) -> dict[str, Any]:
