@@ -66,7 +66,7 @@ def frozen(stand_in: dict[str, Any] | None = None, path: str | None = None, **de
     """The encoder that a configuration gives, for SDXL latents or as `decoder` says."""
     config = module("config")
     model = SubpixelDecoder(widths=[8, 8, 8], blocks=[1, 1, 1], convs=1, **decoder)
-    return module("latents").load_encoder(config.Encoder(path=path), config.StandIn(**(stand_in or {})), model)
+    return module("encoders").load_encoder(config.Encoder(path=path), config.StandIn(**(stand_in or {})), model)
 
 
 def test_redrawn_weights_stay_in_the_rounding_box() -> None:
@@ -554,11 +554,11 @@ def test_a_run_begins_as_what_it_grew_from(tmp_path: Path, monkeypatch: pytest.M
 
 def test_cached_latents_are_those_of_a_run_without_a_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And a cache of another encoder or with other conventions is refused, each difference named."""
-    shards, path, cache = module("shards"), config(tmp_path, "plain"), tmp_path / "cache"
+    latents, path, cache = module("latents"), config(tmp_path, "plain"), tmp_path / "cache"
     run(path, "steps=6", monkeypatch=monkeypatch)
     for _ in range(2):  # the second call makes nothing
-        monkeypatch.setattr(sys, "argv", ["shards.py", "--config", path, "--out", str(cache), "--count", "2"])
-        shards.main()
+        monkeypatch.setattr(sys, "argv", ["latents.py", "--config", path, "--out", str(cache), "--count", "2"])
+        latents.main()
     assert len(list(cache.rglob("*.safetensors"))) == 4
     run(config(tmp_path, "cached"), "steps=6", f"cache={cache}", monkeypatch=monkeypatch)
     a, b = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["network"] for name in ("plain", "cached"))

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from config import read_config
 from data import Sample, pick
-from latents import FrozenEncoder, load_encoder
+from encoders import FrozenEncoder, load_encoder
 from losses import ShiftTolerantLPIPS
 from tqdm import tqdm
 from validate import Decode, flat_colours, latents_of, measure_picture

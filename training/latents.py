@@ -1,175 +1,207 @@
-"""Whose latents: any frozen encoder, and the conventions that make a tiny one stand in for a real VAE's (DESIGN 5).
+"""Shards of latents with their targets: made as a run goes, or once and for all:
 
-TAESD(XL)'s encoder is a close copy of the full VAE's, with three known faults; each has its cure here:
-its stored weights were rounded to float8, so they are drawn anew inside the rounding box; its flat colours are off,
-so a share of a colour table is added; and real flat colours are known, so their latents are used with texture transplanted.
+    python training/latents.py --config training/configs/laptop/subpixel-sdxl.yaml --out cache --count 8 [key=value ...]
+    python training/train.py --config training/configs/laptop/subpixel-sdxl.yaml cache=cache
+
+Everything is cropped first and encoded then, so that every latent belongs to the whole of its target (DESIGN 5). What a shard
+holds follows from the seed, its number and the process alone.
 """
 
-import hashlib
+import argparse
+import json
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
-import diffusers
+import numpy as np
 import torch
-from config import Encoder, StandIn
-from diffusers.models.autoencoders.vae import EncoderTiny
-from safetensors.torch import load_file
-from torch import Tensor, nn
-from torch.nn import functional as F
+from accelerate import Accelerator
+from config import Config, Stage, build_decoder, read_config
+from data import Crops, Sources, collate
+from encoders import FrozenEncoder, load_encoder
+from running import sentences
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
 
-from fast_latent_decoders import FastDecoder
-from fast_latent_decoders.encoder import load_tiny_encoder
 
+@dataclass
+class Shard:
+    """Latents and targets made with one draw of the encoder's weights: M crops of T frames, T = 1 for pictures."""
 
-class FrozenEncoder:
-    """Pictures (N, 3, H, W) in [-1, 1] to scaled latents (N, C, H/8, W/8); what goes in and comes out stays in main memory."""
+    latents: Tensor  # (M, T, C, h, w) scaled
+    table: Tensor  # (M, T, C, h, w), what the colour table adds at share 1; zero for transplants
+    targets: Tensor  # (M, T, 3, H, W) uint8
+    faces: Tensor  # (M, T, 1, H, W) bool
 
-    network: Any  # a tiny encoder, or a VAE without its decoder
+    def draw(self, c: Config, rows: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents with a share of the colour table and a little noise, drawn anew at every use; targets in [-1, 1]; faces.
 
-    def __init__(self, network: nn.Module, name: str, channels: int) -> None:
-        self.network = network.float().eval().requires_grad_(False).to(memory_format=torch.channels_last)
-        self.name, self.channels, self.device = name, channels, torch.device("cpu")
-        self.stored = {key: value.clone() for key, value in self.network.state_dict().items()}
-        self.table: Tensor | None = None
-        self.colours: dict[str, Tensor] | None = None
-
-    @property
-    def hash(self) -> str:
-        """Of all weights as they are stored, so that a cache of latents knows its encoder."""
-        digest = hashlib.sha256(self.name.encode())
-        for key, value in sorted(self.stored.items()):
-            digest.update(key.encode() + value.cpu().numpy().tobytes())
-        return digest.hexdigest()[:16]
-
-    def to(self, device: torch.device) -> Self:
-        """Encode there."""
-        self.device = device
-        self.network.to(device)
-        return self
-
-    def latents(self, pictures: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """As `encode`, on this device and differentiable, which the re-encoding loss needs."""
-        raise NotImplementedError
-
-    @torch.no_grad()
-    def encode(self, pictures: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """The latents, in float32. Without a generator a posterior's mode, with one a sample of it if so configured."""
-        x = pictures.to(self.device).contiguous(memory_format=torch.channels_last)
-        return self.latents(x, generator).float().cpu()
-
-    def redraw(self, generator: torch.Generator | None) -> None:
-        """Draw every convolution weight inside the box that float8 (e4m3) rounding left open; None gives back the stored ones."""
-        drawn = dict(self.stored)
-        for key, value in self.stored.items():
-            if key.endswith("weight") and generator is not None:
-                exponent = value.abs().clamp_min(2.0**-20).log2().floor()
-                step = (2 ** (exponent - 3)).clamp_min(2.0**-9)
-                drawn[key] = value + (torch.rand(value.shape, generator=generator) - 0.5) * step
-        self.network.load_state_dict(drawn)
-
-    def table_at(self, pictures: Tensor) -> Tensor:
-        """What the colour table would add to the latents of these pictures: real minus stand-in, (N, C, H/8, W/8)."""
-        if self.table is None:
-            return torch.zeros(len(pictures), self.channels, *(n // 8 for n in pictures.shape[2:]))
-        rgb = F.avg_pool2d(pictures, 8).permute(0, 2, 3, 1)[:, None]  # (N, 1, h, w, 3), in [-1, 1] as grid_sample wants it
-        # The table's axes are red, green, blue; grid_sample reads the last axis first (weights/README.md).
-        delta = F.grid_sample(
-            self.table[None].expand(len(pictures), -1, -1, -1, -1), rgb.flip(-1), align_corners=True, padding_mode="border"
-        )
-        return delta[:, :, 0]
-
-    def transplant(self, texture: Tensor, amplitude: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Real colours with a texture on them: latents real(c) + E(c + t) - E(c) and their target c + t.
-
-        Args:
-            texture: (N, 3, H, W), pictures in [-1, 1] whose departure from their own mean is the texture.
-            amplitude: (N,), what that departure is multiplied by; 0 is a flat colour.
-            index: (N,), which of the real colours.
+        Frames of one clip, with one share and one amount of noise, follow each other: (rows * T, ...) each.
         """
-        assert self.colours is not None, "expected a file of real colours, got none; give `stand_in.colours`"
-        flat = (self.colours["srgb"][index] * 2 - 1)[:, :, None, None].expand_as(texture)
-        residual = texture - texture.mean(dim=(2, 3), keepdim=True)
-        target = (flat + amplitude[:, None, None, None] * residual).clamp(-1, 1)
-        real = self.colours["latent"][index][:, :, None, None]
-        both = self.encode(torch.cat([target, flat]))
-        return real + both[: len(target)] - both[len(target) :], target
+        generator = torch.Generator().manual_seed(seed)
+        each = (len(rows), 1, 1, 1, 1)
+        low, high = c.stand_in.table_share
+        share = low + (high - low) * torch.rand(each, generator=generator)
+        sigma = c.stand_in.noise * torch.rand(each, generator=generator)
+        z = self.latents[rows] + share * self.table[rows]
+        z = (z + sigma * torch.randn(z.shape, generator=generator)).flatten(0, 1)
+        targets, faces = (part[rows].flatten(0, 1) for part in (self.targets, self.faces))
+        return z.contiguous(memory_format=torch.channels_last), targets.float() / 127.5 - 1, faces
 
 
-class TinyEncoder(FrozenEncoder):
-    """An encoder of TAESD's shape, whose output is scaled latents already."""
+class Shards:
+    """Shards by number. While one is trained on, `c.workers` processes crop for the next."""
 
-    def latents(self, pictures: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return self.network(pictures)
+    def __init__(self, c: Config, sources: Mapping[Any, Sources], encoder: FrozenEncoder, accelerator: Accelerator) -> None:
+        self.c, self.sources, self.encoder, self.accelerator = c, sources, encoder, accelerator
+        self.held: dict[str, tuple[tuple[int, int], Shard]] = {}  # kind -> its key and shard
+        self.ahead: dict[tuple[str, int, int], Iterator[Any]] = {}
+        self.skipped: Counter[str] = Counter()
+        self.waited = self.encoded = 0.0  # seconds
+
+    def count(self, stage: Stage, kind: str) -> int:
+        """Crops or clips in a shard: about as many pixels at every size, and at least one batch."""
+        frames, batch = (stage.frames, stage.clip_batch) if kind == "clips" else (1, stage.batch)
+        return max(batch * self.c.accumulate, int(self.c.shard * (128 / stage.crop) ** 2 / frames))
+
+    def get(self, stage: int, kind: str, number: int) -> Shard:
+        if self.held.get(kind, (None,))[0] != (stage, number):
+            self.held.pop(kind, None)  # the old one's memory first
+            self.held[kind] = ((stage, number), self._read(stage, kind, number) if self.c.cache else self._make(stage, kind, number))
+        return self.held[kind][1]
+
+    def _read(self, stage: int, kind: str, number: int) -> Shard:
+        """From the cache, memory-mapped; its shards are taken in turn, each process beginning at another."""
+        folder = Path(str(self.c.cache)) / f"{stage}-{kind}"
+        paths = sorted(folder.glob("*.safetensors"))
+        check_cache(self.c, self.encoder, Path(str(self.c.cache)), stage, kind)
+        start = time.perf_counter()
+        turn = number * self.accelerator.num_processes + self.accelerator.process_index
+        shard = Shard(**load_file(paths[turn % len(paths)]))
+        self.waited += time.perf_counter() - start
+        if len(shard.latents) < self.count(self.c.stages[stage], kind):
+            raise SystemExit(f"{folder} has shards of {len(shard.latents)}, the run wants {self.count(self.c.stages[stage], kind)}: make it again")
+        return shard
+
+    def _crops(self, stage: int, kind: str, number: int) -> Iterator[Any]:
+        """What workers read and crop for this shard, in batches; they begin at once."""
+        c, frames = self.c, self.c.stages[stage].frames if kind == "clips" else 1
+        rank = self.accelerator.process_index
+        seed = (c.seed, stage, kind == "clips", number, rank)
+        part = self.sources[kind].part(number * self.accelerator.num_processes + rank)  # of a stream, each process its own
+        crops = Crops(part, c.stages[stage], c.faces, seed, self.count(c.stages[stage], kind), kind == "clips")
+        size = max(1, 32 // frames)
+        ahead = -(-len(crops) // size // c.workers) if c.workers else None  # the whole of the next shard
+        return iter(DataLoader(crops, size, num_workers=c.workers, collate_fn=collate, prefetch_factor=ahead, worker_init_fn=deaf))
+
+    def _make(self, stage: int, kind: str, number: int) -> Shard:
+        c, encoder = self.c, self.encoder
+        generator = torch.Generator()
+        rng = np.random.default_rng((c.seed, stage, kind == "clips", number, self.accelerator.process_index, 1))
+        generator.manual_seed(int(rng.integers(2**62)))
+        if c.stand_in.redraw:
+            encoder.redraw(generator)
+        with sentences():
+            batches = self.ahead.pop((kind, stage, number), None) or self._crops(stage, kind, number)
+        parts: list[tuple[Tensor, ...]] = []
+        while True:
+            start = time.perf_counter()
+            with sentences():
+                batch = next(batches, None)
+            if batch is None:
+                break
+            targets, faces, skipped = batch
+            self.skipped.update(skipped)
+            self.waited -= start - (start := time.perf_counter())
+            parts.append((*self._encode(targets, kind, generator), faces))
+            self.encoded += time.perf_counter() - start
+        encoder.redraw(None)  # who else uses it, measuring or for a loss, finds it as it is stored
+        if c.workers:
+            self.ahead = {(kind, stage, number + 1): self._crops(stage, kind, number + 1), **{k: v for k, v in self.ahead.items() if k[0] != kind}}
+        return Shard(*(torch.cat(p) for p in zip(*parts, strict=True)))
+
+    def _encode(self, targets: Tensor, kind: str, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents, table and targets of crops (M, T, 3, H, W); some get a real colour in place of their own."""
+        encoder, (clips, frames) = self.encoder, targets.shape[:2]
+        x = targets.flatten(0, 1).float() / 127.5 - 1
+        with self.accelerator.autocast():
+            latents = encoder.encode(x, generator)
+        table = encoder.table_at(x)
+        if encoder.colours is not None and (n := round(clips * self.c.stand_in.transplants)):
+            # A third quite flat, the rest from hardly visible to photographic: flatness is never the cue.
+            amplitude = torch.where(torch.rand(n, generator=generator) < 1 / 3, 0.0, 10 ** (-2 * torch.rand(n, generator=generator)))
+            colours = torch.randint(len(encoder.colours["srgb"]), (n,), generator=generator)
+            each = [choice.repeat_interleave(frames) for choice in (amplitude, colours)]  # one for all frames of a clip
+            with self.accelerator.autocast():
+                latents[: n * frames], x[: n * frames] = encoder.transplant(x[: n * frames], *each)
+            table[: n * frames] = 0
+        targets = ((x + 1) * 127.5).round().to(torch.uint8)
+        first, second, third = (part.unflatten(0, (clips, frames)) for part in (latents, table, targets))
+        return first, second, third
 
 
-class VAEEncoder(FrozenEncoder):
-    """The encoding half of a diffusers VAE."""
-
-    def __init__(self, vae: Any, name: str, posterior: str) -> None:
-        self.posterior = posterior
-        self.scale, self.shift = vae.config.scaling_factor, getattr(vae.config, "shift_factor", None) or 0.0
-        channels = vae.config.latent_channels
-        vae.decoder = nn.Identity()  # frees it
-        super().__init__(vae, name, channels)
-
-    def latents(self, pictures: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        posterior = self.network.encode(pictures).latent_dist
-        z = posterior.sample(generator) if generator is not None and self.posterior == "sample" else posterior.mode()
-        return (z - self.shift) * self.scale
+def deaf(_: int) -> None:
+    """A signal to the whole group (Ctrl-C, a cluster's SIGTERM) is for the trainer, which saves; its workers end when it does."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
-def load_encoder(encoder: Encoder, stand_in: StandIn, model: FastDecoder) -> FrozenEncoder:
-    """The encoder of a configuration, with its conventions, for the latent space of `model`.
-
-    Raises:
-        SystemExit: it makes latents of another space, or conventions of a stand-in are asked of a real VAE.
-    """
-    space, path = model.latent_space, encoder.path
-    if path is None:
-        try:
-            found: FrozenEncoder = TinyEncoder(load_tiny_encoder(space), f"the tiny {space.name} encoder", space.channels)
-        except RuntimeError as error:
-            raise SystemExit(f"{error}: here, encoder.path=FOLDER, Hub id or a TAESD-like file") from None
-    elif path.endswith(".safetensors"):
-        found = TinyEncoder(*read_tiny(Path(path)))
-    else:
-        vae = read_vae(path, encoder.subfolder)
-        if type(vae).__name__ == "AutoencoderTiny":
-            found = TinyEncoder(vae.encoder, path, vae.config.latent_channels)
-        else:
-            try:
-                model._check_space(vae)
-            except ValueError as error:
-                raise SystemExit(str(error)) from None
-            found = VAEEncoder(vae, path, encoder.posterior)
-            if on := [key for key in ("redraw", "colour_table", "colours") if getattr(stand_in, key)]:
-                raise SystemExit(f"{path} is a real VAE, and stand_in.{' and stand_in.'.join(on)} are for an encoder that stands in for one")
-    if found.channels != space.channels:
-        raise SystemExit(f"{found.name} makes latents of {found.channels} channels, and the decoder takes {space.channels}")
-    found.table = load_file(stand_in.colour_table)["delta"] if stand_in.colour_table else None
-    found.colours = load_file(stand_in.colours) if stand_in.colours else None
-    return found
+def conventions(c: Config, encoder: FrozenEncoder, stage: int) -> dict[str, Any]:
+    """What a cached shard depends on; a cache that was made with other conventions is refused."""
+    stand_in = {key: value for key, value in asdict(c.stand_in).items() if key not in ("noise", "table_share")}  # drawn at every use
+    changes = {key: value for key, value in asdict(c.stages[stage]).items() if key not in ("start", "batch", "clips", "clip_batch")}
+    found = {"encoder": encoder.name, "weights": encoder.hash, "posterior": c.encoder.posterior, **stand_in, **changes, **asdict(c.faces)}
+    return json.loads(json.dumps({**found, "data": [asdict(source) for source in c.data]}))
 
 
-def read_tiny(path: Path) -> tuple[nn.Module, str, int]:
-    """TAESD's encoder from a file in madebyollin/taesd's layout or diffusers', its name and its number of latent channels."""
-    state = {key.removeprefix("encoder.").removeprefix("layers."): value.float() for key, value in load_file(path).items() if "decoder" not in key}
-    last = max((key for key in state if key.endswith("weight")), key=lambda key: int(key.split(".")[0]), default=None)
-    if last is None or state[last].ndim != 4:
-        raise SystemExit(f"{path} holds no encoder of TAESD's shape")
-    network = EncoderTiny(3, state[last].shape[0], num_blocks=(1, 3, 3, 3), block_out_channels=(64,) * 4, act_fn="relu")
-    try:
-        network.load_state_dict({f"layers.{key}": value for key, value in state.items()}, strict=True)
-    except RuntimeError as error:
-        raise SystemExit(f"{path} holds no encoder of TAESD's shape: {error}") from None
-    return network, path.name, len(state[last])
+def check_cache(c: Config, encoder: FrozenEncoder, cache: Path, stage: int, kind: str) -> None:
+    """Raises SystemExit: no such cache, or one of another encoder or convention; each difference is named."""
+    about = cache / f"{stage}-{kind}" / "conventions.json"
+    if not about.exists():
+        raise SystemExit(f"{cache} holds no {kind} for stage {stage}: make them with training/latents.py, or leave cache out")
+    stored, wanted = json.loads(about.read_text()), conventions(c, encoder, stage)
+    if wrong := [f"{key} was {stored.get(key)}, is {wanted.get(key)}" for key in {**stored, **wanted} if stored.get(key) != wanted.get(key)]:
+        raise SystemExit(f"{cache} was made otherwise: {'; '.join(wrong)}. Make it again with training/latents.py, or leave cache out")
 
 
-def read_vae(path: str, subfolder: str | None) -> Any:
-    """A VAE of any diffusers class from a folder or the Hub; its config names the class."""
-    where = {"subfolder": subfolder} if subfolder else {}
-    try:
-        name = diffusers.AutoencoderKL.load_config(path, **where).get("_class_name")
-        return getattr(diffusers, name).from_pretrained(path, **where)
-    except (OSError, AttributeError, TypeError) as error:
-        raise SystemExit(f"{path} is no VAE that diffusers can load ({error}); give a folder or Hub id, and encoder.subfolder=vae for a pipeline") from error
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--count", type=int, default=8, help="shards for each stage")
+    parser.add_argument("changes", nargs="*", metavar="key=value")
+    arguments = parser.parse_args()
+    c = read_config(arguments.config, [*arguments.changes, "cache=null"])
+    accelerator = Accelerator()
+    with sentences():
+        encoder = load_encoder(c.encoder, c.stand_in, build_decoder(c)).to(accelerator.device)
+        sources = {kind: Sources(c.data, kind, c.seed) for kind in {source.kind for source in c.data}}
+    shards = Shards(c, sources, encoder, accelerator)
+    for stage, about in enumerate(c.stages):
+        for kind in ("pictures",) * (about.clips < 1) + ("clips",) * (about.clips > 0):
+            folder = arguments.out / f"{stage}-{kind}"
+            folder.mkdir(parents=True, exist_ok=True)
+            told = folder / "conventions.json"
+            if told.exists():
+                check_cache(c, encoder, arguments.out, stage, kind)
+            else:
+                told.write_text(json.dumps(conventions(c, encoder, stage), indent=1) + "\n")
+            for number in tqdm(range(arguments.count), desc=f"{kind} of stage {stage}, {about.crop} px"):
+                path = folder / f"{number:05d}.safetensors"
+                if path.exists():  # made by an earlier call
+                    continue
+                temporary = path.with_suffix(".tmp")
+                save_file({key: value.contiguous() for key, value in vars(shards.get(stage, kind, number)).items()}, temporary)
+                temporary.replace(path)
+    if shards.skipped:
+        print(f"skipped {sum(shards.skipped.values())} samples: {dict(shards.skipped.most_common(5))}")
+
+
+if __name__ == "__main__":
+    main()

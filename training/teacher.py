@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from config import Teacher
-from latents import read_vae
+from encoders import read_vae
 from torch import Tensor, nn
 from torch.nn import functional as F
 

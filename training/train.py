@@ -22,13 +22,13 @@ from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from adversary import Adversary, adaptive_ratio
 from config import Config, build_decoder, read_config
 from data import Sources, pick
+from encoders import load_encoder
 from export import machine, summary, write_export
 from faces import FaceDetector
 from grow import branch, fold_branches, grow
-from latents import load_encoder
+from latents import Shards
 from losses import PERCEPTUAL, PLAIN, WEIGHTED, ShiftTolerantLPIPS, perceptual, temporal
 from running import make_room, mixed_precision, save, sentences, stop_requested
-from shards import Shards
 from teacher import Lesson
 from torch import Tensor, nn
 from tqdm import tqdm

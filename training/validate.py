@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from data import Sample
+from encoders import FrozenEncoder
 from faces import FaceDetector
-from latents import FrozenEncoder
 from losses import ShiftTolerantLPIPS, temporal
 from PIL import Image
 from skimage.metrics import structural_similarity
