@@ -8,7 +8,9 @@ holds follows from the seed, its number and the process alone.
 """
 
 import argparse
+import atexit
 import json
+import multiprocessing
 import signal
 import time
 from collections import Counter
@@ -64,6 +66,8 @@ class Shards:
         self.ahead: dict[tuple[str, int, int], Iterator[Any]] = {}
         self.skipped: Counter[str] = Counter()
         self.waited = self.encoded = 0.0  # seconds
+        if c.workers:  # which are deaf to what multiprocessing would end them with
+            atexit.register(end_workers)
 
     def count(self, stage: Stage, kind: str) -> int:
         """Crops or clips in a shard: about as many pixels at every size, and at least one batch."""
@@ -147,9 +151,14 @@ class Shards:
 
 
 def deaf(_: int) -> None:
-    """A signal to the whole group (Ctrl-C, a cluster's SIGTERM) is for the trainer, which saves; its workers end when it does."""
+    """A signal to all processes (Ctrl-C, a cluster's SIGTERM) is for the trainer, which saves; its workers end when it does."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+
+
+def end_workers() -> None:
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 def conventions(c: Config, encoder: FrozenEncoder, stage: int) -> dict[str, Any]:

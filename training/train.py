@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch._functorch.config
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from adversary import Adversary, adaptive_ratio
@@ -137,6 +138,7 @@ def main() -> None:
 
     optimizer = torch.optim.AdamW(network.parameters(), lr=c.lr, betas=(0.9, 0.99), weight_decay=c.weight_decay, fused=True)
     if c.compile:
+        torch._functorch.config.donated_buffer = False  # adaptive_ratio goes back through the graph before the step does
         network.compile()
     wrapped, optimizer = accelerator.prepare(network, optimizer)
     ema = {key: value.clone() for key, value in network.state_dict().items()}
