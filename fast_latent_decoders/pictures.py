@@ -44,7 +44,7 @@ def read_picture(path: str | Path, multiple: int = 8) -> Picture:
             raise FileError(f"{path} is empty (0 bytes); write it again")
         with Image.open(path) as image:
             image.load()
-            values = _rgb(path, ImageOps.exif_transpose(image))
+            values = to_rgb(path, ImageOps.exif_transpose(image))
     except FileError:
         raise
     except Image.UnidentifiedImageError as error:
@@ -64,7 +64,7 @@ def read_picture(path: str | Path, multiple: int = 8) -> Picture:
     return Picture(torch.from_numpy(values).permute(2, 0, 1).contiguous() * 2 - 1, note)
 
 
-def _rgb(path: Path, image: Image.Image) -> np.ndarray:
+def to_rgb(path: Path, image: Image.Image) -> np.ndarray:
     """(H, W, 3) float32 in [0, 1]."""
     if image.mode in ("F", "I") or image.mode.startswith("I;16"):
         # Pillow's own conversion to 8 bits clips these at 255 instead of dividing.

@@ -12,22 +12,10 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from fast_latent_decoders import FastDecoder
+from fast_latent_decoders.evaluation.encoders import Encoder, StandIn
+from fast_latent_decoders.evaluation.samples import Source
 
 STRICT = ConfigDict(extra="forbid")
-
-
-@dataclass(frozen=True, config=STRICT)
-class Source:
-    """Where pictures or clips come from."""
-
-    path: str  # pattern of .tar shards (WebDataset, img2dataset), a folder, or hf:OWNER/NAME[:SPLIT], which is streamed
-    kind: Literal["pictures", "clips"] = "pictures"
-    weight: float = 1.0  # how often it is drawn from, beside the others of its kind
-    min_size: int = 0  # short side in px
-    aesthetic: tuple[float, float] | None = None  # scores to keep, both ends included
-    faces: bool = False  # only samples whose metadata tell of a face
-    names: str | None = None  # file that lists the samples to keep, such as UCF-101's trainlist01.txt
-    classes: list[str] | None = None  # classes to keep
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -45,27 +33,6 @@ class Stage:
     clip_batch: int = 1  # clips a step and process
     frames: int = 8  # consecutive frames of a clip
     stride: int = 3  # every n-th frame of the source, n drawn up to this
-
-
-@dataclass(frozen=True, config=STRICT)
-class Encoder:
-    """Whose latents: frozen, never trained."""
-
-    path: str | None = None  # folder or Hub id of a diffusers VAE, or a TAESD-like .safetensors file; without, TAESD's of the latent space
-    subfolder: str | None = None  # of the folder or Hub repository
-    posterior: Literal["sample", "mode"] = "sample"  # of a VAE; tiny encoders have none
-
-
-@dataclass(frozen=True, config=STRICT)
-class StandIn:
-    """What makes a tiny encoder's latents resemble those of the VAE it stands for (DESIGN 5). All off for a real VAE."""
-
-    redraw: bool = False  # draw the encoder's weights anew inside their float8 rounding box, for every shard
-    colour_table: str | None = None  # what the real encoder adds to flat colours
-    table_share: tuple[float, float] = (0.2, 0.8)  # of that table, drawn per sample
-    colours: str | None = None  # real latents of flat colours
-    transplants: float = 0.125  # share of samples with a real colour
-    noise: float = 0.0  # largest standard deviation of the noise on latents, drawn per sample
 
 
 @dataclass(frozen=True, config=STRICT)

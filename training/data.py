@@ -15,26 +15,20 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 from augment import augment
-from config import Faces, Source, Stage
+from config import Faces, Stage
 from faces import FaceDetector
-from reading import TooSmall, read_clip, read_picture
-from samples import Entry, Pool, index
 from stream import Stream
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from fast_latent_decoders.atomic import reason
+from fast_latent_decoders.evaluation.reading import Sample, TooSmall, read
+from fast_latent_decoders.evaluation.samples import Pool, Source, index
 
 log = logging.getLogger(__name__)
 
 TRIES = 1000  # samples of a source that may fail in a row, most of them for being too small
 CORRUPT = 100  # of them that may be corrupt
-
-
-class Sample(NamedTuple):
-    frames: Tensor  # (T, 3, H, W) uint8, RGB; a picture has T = 1
-    boxes: np.ndarray | None  # (n, 4) float32, x0 y0 x1 y1 in px, of faces; None where the metadata say nothing
-    key: str  # shard.tar:key, or the file's path
 
 
 class Part(NamedTuple):
@@ -91,32 +85,6 @@ def open_source(source: Source, seed: int, per_part: int) -> Pool | Stream:
         except ImportError as error:
             raise ImportError(f"the clips of {source.path} need PyAV: pip install 'fast-latent-decoders[train]'") from error
     return Stream(source, seed, per_part) if source.path.startswith("hf:") else index(source)
-
-
-def read(
-    source: Source, entry: Entry, frames: int = 1, side: int = 0, rng: np.random.Generator | None = None, stride: int = 1
-) -> Sample:
-    """The decoded sample: a whole picture, or `frames` frames of a clip: the first ones or, given `rng`, drawn ones.
-
-    Raises:
-        TooSmall: a side is shorter than `side` or than the source's min_size.
-        Exception: it is corrupt.
-    """
-
-    def window(total: int) -> tuple[int, int]:
-        if rng is None or total < frames:
-            return 0, 1
-        step = int(rng.integers(1, min(stride, (total - 1) // max(1, frames - 1)) + 1))
-        return int(rng.integers(total - (frames - 1) * step)), step
-
-    side = max(side, source.min_size)
-    with entry.open() as file:
-        pictures = read_picture(file, side) if source.kind == "pictures" else read_clip(file, frames, window, side)
-    boxes = entry.boxes
-    if boxes is not None and boxes.size and boxes.max() <= 1:
-        height, width = pictures.shape[2:]
-        boxes = boxes * np.array([width, height, width, height], np.float32)
-    return Sample(pictures, boxes, entry.key)
 
 
 @cache

@@ -20,13 +20,14 @@ from typing import Any
 import numpy as np
 import torch
 from config import read_config
-from data import Sample, pick
-from encoders import FrozenEncoder, load_encoder
+from data import pick
 from losses import ShiftTolerantLPIPS
 from tqdm import tqdm
 from validate import Decode, flat_colours, latents_of, measure_picture
 
 from fast_latent_decoders import FastDecoder, presets
+from fast_latent_decoders.evaluation.encoders import FrozenEncoder, load_encoder
+from fast_latent_decoders.evaluation.reading import Sample
 
 ROOT = Path(__file__).parent.parent
 SHARES = (0.0, 0.5, 1.0)

@@ -24,12 +24,13 @@ import torch
 from accelerate import Accelerator
 from config import Config, Stage, build_decoder, read_config
 from data import Crops, Sources, collate
-from encoders import FrozenEncoder, load_encoder
 from running import sentences
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
+
+from fast_latent_decoders.evaluation.encoders import FrozenEncoder, load_encoder
 
 
 @dataclass

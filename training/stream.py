@@ -7,9 +7,9 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
-from config import Source
 from PIL import Image
-from samples import SUFFIXES, Entry, Gate, Pool
+
+from fast_latent_decoders.evaluation.samples import SUFFIXES, Entry, Gate, Pool, Source
 
 log = logging.getLogger(__name__)
 

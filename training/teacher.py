@@ -4,11 +4,11 @@ from typing import Any
 
 import torch
 from config import Teacher
-from encoders import read_vae
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fast_latent_decoders import FastDecoder
+from fast_latent_decoders.evaluation.encoders import read_vae
 from fast_latent_decoders.latent_space import LatentSpace
 
 

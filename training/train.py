@@ -23,7 +23,6 @@ from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from adversary import Adversary, adaptive_ratio
 from config import Config, build_decoder, read_config
 from data import Sources, pick
-from encoders import load_encoder
 from export import machine, summary, write_export
 from faces import FaceDetector
 from grow import branch, fold_branches, grow
@@ -36,6 +35,7 @@ from tqdm import tqdm
 from validate import Decode, draw, measure
 
 from fast_latent_decoders import FastDecoder
+from fast_latent_decoders.evaluation.encoders import load_encoder
 
 # ---------------------------------------------------------------- schedule
 
@@ -122,16 +122,16 @@ def main() -> None:
     device, rank = accelerator.device, accelerator.process_index
 
     # The encoder that makes latents, and what is minimised.
-    encoder = load_encoder(c.encoder, c.stand_in, model).to(device)
-    shards = Shards(c, sources, encoder, accelerator)
     stlpips = ShiftTolerantLPIPS().to(device).to(memory_format=torch.channels_last)  # measures, and may be a term
     with sentences():
+        encoder = load_encoder(c.encoder, c.stand_in, model).to(device)
+        shards = Shards(c, sources, encoder, accelerator)
         features = {
             name: stlpips if name == "stlpips" else perceptual(name, c.squeezenet).to(device).to(memory_format=torch.channels_last)
             for name in PERCEPTUAL
             if c.losses.get(name)
         }
-    lesson = Lesson(c.teacher, model.latent_space, network, device) if c.teacher.path else None
+        lesson = Lesson(c.teacher, model.latent_space, network, device) if c.teacher.path else None
     adversary = Adversary(c.gan, model.config.latent_channels, accelerator, c.accumulate) if c.gan.weight else None
     last = [parameter for parameter in network.parameters() if parameter.ndim == 4][-1]
     weights = {**c.losses, "teacher": c.teacher.output, "teacher_maps": c.teacher.features}

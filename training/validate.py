@@ -6,14 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from data import Sample
-from encoders import FrozenEncoder
 from faces import FaceDetector
 from losses import ShiftTolerantLPIPS, temporal
 from PIL import Image
 from skimage.metrics import structural_similarity
 from torch import Tensor
 
+from fast_latent_decoders.evaluation.encoders import FrozenEncoder
+from fast_latent_decoders.evaluation.reading import Sample
 from fast_latent_decoders.sheet import Compared, draw_sheet
 
 Decode = Callable[[Tensor, int], Tensor]  # scaled latents (N, C, h, w) and frames of a clip to pictures (N, 3, 8h, 8w) in [-1, 1]

@@ -19,15 +19,29 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, ClassVar, Literal, NamedTuple
 
 import numpy as np
-from config import Source
-from tqdm import tqdm
 
 log = logging.getLogger(__name__)
 
 SUFFIXES = {"pictures": ("jpg", "jpeg", "png", "webp"), "clips": ("mp4", "avi", "webm", "mov")}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where pictures or clips come from."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}  # a training configuration checks its keys
+
+    path: str  # pattern of .tar shards (WebDataset, img2dataset), a folder, or, for training, hf:OWNER/NAME[:SPLIT], streamed
+    kind: Literal["pictures", "clips"] = "pictures"
+    weight: float = 1.0  # how often it is drawn from, beside the others of its kind
+    min_size: int = 0  # short side in px
+    aesthetic: tuple[float, float] | None = None  # scores to keep, both ends included
+    faces: bool = False  # only samples whose metadata tell of a face
+    names: str | None = None  # file that lists the samples to keep, such as UCF-101's trainlist01.txt
+    classes: list[str] | None = None  # classes to keep
 
 
 class Entry(NamedTuple):
@@ -104,7 +118,7 @@ class Gate:
         if side and side < source.min_size:
             return f"min_size {source.min_size}"
         if source.aesthetic and not source.aesthetic[0] <= score <= source.aesthetic[1]:
-            return f"aesthetic {list(source.aesthetic)}"
+            return "aesthetic {:g} to {:g}".format(*source.aesthetic)
         if source.faces and not (metadata.get("face") is True or (boxes is not None and len(boxes))):
             return "faces"
         if self.names is not None and not self.names & {name.stem, Path(str(metadata.get("file") or name)).stem}:
@@ -157,6 +171,7 @@ def index(source: Source) -> Pool:
         ValueError: nothing that passes the filters was found; the message names the filter.
     """
     from braceexpand import braceexpand
+    from tqdm import tqdm
 
     paths = [match for pattern in braceexpand(source.path) for match in sorted(glob.glob(pattern, recursive=True))]
     if not paths:

@@ -6,19 +6,44 @@ so a share of a colour table is added; and real flat colours are known, so their
 """
 
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Literal, Self
 
 import diffusers
 import torch
-from config import Encoder, StandIn
 from diffusers.models.autoencoders.vae import EncoderTiny
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fast_latent_decoders import FastDecoder
-from fast_latent_decoders.encoder import load_tiny_encoder
+from ..decoder import FastDecoder
+from ..encoder import load_tiny_encoder
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Whose latents: frozen, never trained."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}  # a training configuration checks its keys
+
+    path: str | None = None  # folder or Hub id of a diffusers VAE, or a TAESD-like .safetensors file; without, TAESD's of the latent space
+    subfolder: str | None = None  # of the folder or Hub repository
+    posterior: Literal["sample", "mode"] = "sample"  # of a VAE; tiny encoders have none
+
+
+@dataclass(frozen=True)
+class StandIn:
+    """What makes a tiny encoder's latents resemble those of the VAE it stands for (DESIGN 5). All off for a real VAE."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}  # a training configuration checks its keys
+
+    redraw: bool = False  # draw the encoder's weights anew inside their float8 rounding box, for every shard
+    colour_table: str | None = None  # what the real encoder adds to flat colours
+    table_share: tuple[float, float] = (0.2, 0.8)  # of that table, drawn per sample
+    colours: str | None = None  # real latents of flat colours
+    transplants: float = 0.125  # share of samples with a real colour
+    noise: float = 0.0  # largest standard deviation of the noise on latents, drawn per sample
 
 
 class FrozenEncoder:
@@ -122,14 +147,14 @@ def load_encoder(encoder: Encoder, stand_in: StandIn, model: FastDecoder) -> Fro
     """The encoder of a configuration, with its conventions, for the latent space of `model`.
 
     Raises:
-        SystemExit: it makes latents of another space, or conventions of a stand-in are asked of a real VAE.
+        ValueError: it makes latents of another space, or conventions of a stand-in are asked of a real VAE.
     """
     space, path = model.latent_space, encoder.path
     if path is None:
         try:
             found: FrozenEncoder = TinyEncoder(load_tiny_encoder(space), f"the tiny {space.name} encoder", space.channels)
         except RuntimeError as error:
-            raise SystemExit(f"{error}: here, encoder.path=FOLDER, Hub id or a TAESD-like file") from None
+            raise ValueError(f"{error}: here, a folder, a Hub id or a TAESD-like file") from None
     elif path.endswith(".safetensors"):
         found = TinyEncoder(*read_tiny(Path(path)))
     else:
@@ -137,15 +162,12 @@ def load_encoder(encoder: Encoder, stand_in: StandIn, model: FastDecoder) -> Fro
         if type(vae).__name__ == "AutoencoderTiny":
             found = TinyEncoder(vae.encoder, path, vae.config.latent_channels)
         else:
-            try:
-                model._check_space(vae)
-            except ValueError as error:
-                raise SystemExit(str(error)) from None
+            model._check_space(vae)
             found = VAEEncoder(vae, path, encoder.posterior)
             if on := [key for key in ("redraw", "colour_table", "colours") if getattr(stand_in, key)]:
-                raise SystemExit(f"{path} is a real VAE, and stand_in.{' and stand_in.'.join(on)} are for an encoder that stands in for one")
+                raise ValueError(f"{path} is a real VAE, and stand_in.{' and stand_in.'.join(on)} are for an encoder that stands in for one")
     if found.channels != space.channels:
-        raise SystemExit(f"{found.name} makes latents of {found.channels} channels, and the decoder takes {space.channels}")
+        raise ValueError(f"{found.name} makes latents of {found.channels} channels, and the decoder takes {space.channels}")
     found.table = load_file(stand_in.colour_table)["delta"] if stand_in.colour_table else None
     found.colours = load_file(stand_in.colours) if stand_in.colours else None
     return found
@@ -156,12 +178,12 @@ def read_tiny(path: Path) -> tuple[nn.Module, str, int]:
     state = {key.removeprefix("encoder.").removeprefix("layers."): value.float() for key, value in load_file(path).items() if "decoder" not in key}
     last = max((key for key in state if key.endswith("weight")), key=lambda key: int(key.split(".")[0]), default=None)
     if last is None or state[last].ndim != 4:
-        raise SystemExit(f"{path} holds no encoder of TAESD's shape")
+        raise ValueError(f"{path} holds no encoder of TAESD's shape")
     network = EncoderTiny(3, state[last].shape[0], num_blocks=(1, 3, 3, 3), block_out_channels=(64,) * 4, act_fn="relu")
     try:
         network.load_state_dict({f"layers.{key}": value for key, value in state.items()}, strict=True)
     except RuntimeError as error:
-        raise SystemExit(f"{path} holds no encoder of TAESD's shape: {error}") from None
+        raise ValueError(f"{path} holds no encoder of TAESD's shape: {error}") from None
     return network, path.name, len(state[last])
 
 
@@ -172,4 +194,4 @@ def read_vae(path: str, subfolder: str | None) -> Any:
         name = diffusers.AutoencoderKL.load_config(path, **where).get("_class_name")
         return getattr(diffusers, name).from_pretrained(path, **where)
     except (OSError, AttributeError, TypeError) as error:
-        raise SystemExit(f"{path} is no VAE that diffusers can load ({error}); give a folder or Hub id, and encoder.subfolder=vae for a pipeline") from error
+        raise ValueError(f"{path} is no VAE that diffusers can load ({error}); give a folder or Hub id, and encoder.subfolder=vae for a pipeline") from error

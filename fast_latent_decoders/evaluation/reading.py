@@ -3,14 +3,21 @@
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from fast_latent_decoders.pictures import _rgb as to_rgb
+from ..pictures import to_rgb
+from .samples import Entry, Source
+
+
+class Sample(NamedTuple):
+    frames: Tensor  # (T, 3, H, W) uint8, RGB; a picture has T = 1
+    boxes: np.ndarray | None  # (n, 4) float32, x0 y0 x1 y1 in px, of faces; None where the metadata say nothing
+    key: str  # shard.tar:key, or the file's path
 
 
 class TooSmall(Exception):
@@ -80,3 +87,29 @@ def _frames(file: BinaryIO, count: int, choose: Callable[[int], tuple[int, int]]
             frames = (frame for frame in container.decode(stream) if frame.pts is not None and frame.pts >= pts)
             start = 0
         return [frame.to_ndarray(format="rgb24") for frame in islice(frames, start, start + (count - 1) * stride + 1, stride)]
+
+
+def read(
+    source: Source, entry: Entry, frames: int = 1, side: int = 0, rng: np.random.Generator | None = None, stride: int = 1
+) -> Sample:
+    """The decoded sample: a whole picture, or `frames` frames of a clip: the first ones or, given `rng`, drawn ones.
+
+    Raises:
+        TooSmall: a side is shorter than `side` or than the source's min_size.
+        Exception: it is corrupt.
+    """
+
+    def window(total: int) -> tuple[int, int]:
+        if rng is None or total < frames:
+            return 0, 1
+        step = int(rng.integers(1, min(stride, (total - 1) // max(1, frames - 1)) + 1))
+        return int(rng.integers(total - (frames - 1) * step)), step
+
+    side = max(side, source.min_size)
+    with entry.open() as file:
+        pictures = read_picture(file, side) if source.kind == "pictures" else read_clip(file, frames, window, side)
+    boxes = entry.boxes
+    if boxes is not None and boxes.size and boxes.max() <= 1:
+        height, width = pictures.shape[2:]
+        boxes = boxes * np.array([width, height, width, height], np.float32)
+    return Sample(pictures, boxes, entry.key)
