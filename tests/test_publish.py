@@ -382,6 +382,12 @@ def test_a_report_of_two_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "lr" in differs and "warmup" not in differs
     assert Image.open(tmp_path / "report.png").width > 1000
 
+    capsys.readouterr()
+    assert call("report", *runs, "--markdown") == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith("| run | `lr` | steps | PSNR, dB |")
+    assert printed[2].startswith("| one | 0.001 | 400 | 24 |")
+
     assert call("report", runs[0], "--out", out) == 2
     assert "--force" in capsys.readouterr().err
     assert out.read_text() == source

@@ -185,6 +185,21 @@ def differences(runs: list[Run]) -> str:
     return table(["", *(run.name for run in runs)], rows)
 
 
+def markdown(runs: list[Run]) -> str:
+    """A row for each run: what differs between their configurations, steps, last measurements. For RESULTS.md."""
+    configs = [flat(run.config) for run in runs]
+    keys = [key for key in dict.fromkeys(k for c in configs for k in c) if len({c.get(key) for c in configs}) > 1 and key != "out"]
+    titles = {key: title.split(" (")[0].replace("|", "\\|") for key, title in VALIDATION.items()}
+    measured = [(key, title) for key, title in titles.items() if any(key in run.val for run in runs)]
+    lines = ["| run | " + " | ".join([*(f"`{key}`" for key in keys), "steps", *(title for _, title in measured)]) + " |"]
+    lines.append("|---" * (2 + len(keys) + len(measured)) + "|")
+    for run, config in zip(runs, configs, strict=True):
+        step = str(max((curve[-1][0] for curve in run.val.values()), default=""))
+        values = [f"{run.val[key][-1][1]:.4g}" if key in run.val else "" for key, _ in measured]
+        lines.append("| " + " | ".join([run.name, *(config.get(key, "") for key in keys), step, *values]) + " |")
+    return "\n".join(lines)
+
+
 def last_picture(run: Run) -> str:
     """The newest by the numbers in the names; an <img> that holds the file itself."""
     found = sorted((run.folder / "pictures").glob("*.png"), key=lambda p: ([int(n) for n in re.findall(r"\d+", p.name)], p.name))
@@ -213,6 +228,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders with a log.jsonl")
     parser.add_argument("--out", type=Path, default=Path("report.html"))
     parser.add_argument("--png", action="store_true", help="the curves also as a picture beside it")
+    parser.add_argument("--markdown", action="store_true", help="print a table of the last measurements instead")
     parser.add_argument("--force", action="store_true", help="replace --out")
     arguments = parser.parse_args()
     try:
@@ -220,6 +236,9 @@ def main() -> None:
         if len({run.name for run in runs}) < len(runs):
             for run in runs:
                 run.name = run.folder.as_posix()
+        if arguments.markdown:
+            print(markdown(runs))
+            return
         figure, svg = draw(runs), io.StringIO()
         figure.savefig(svg, format="svg")
         with replacing(arguments.out, force=arguments.force) as temporary:
