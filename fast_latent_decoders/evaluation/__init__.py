@@ -1,0 +1,1 @@
+"""Measures of decoded pictures: per-picture metrics, their intervals, distances of distributions."""
