@@ -28,7 +28,7 @@ def needing(package: str) -> Iterator[None]:
     """Turns a failed import of an optional package into `Unavailable` that names the extra."""
     try:
         yield
-    except ImportError as error:
+    except (ImportError, RuntimeError, AttributeError, OSError) as error:  # torchvision beside another torch fails in any of these ways
         raise Unavailable(f"{package} cannot be imported ({error}); pip install 'fast-latent-decoders[eval]'") from error
 
 

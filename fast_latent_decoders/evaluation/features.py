@@ -67,7 +67,7 @@ def _alexnet_st(device: str, weights: Path | None) -> Features:
     with needing("stlpips-pytorch"):
         from stlpips_pytorch import stlpips
     whole = stlpips.LPIPS(net="alex", variant="shift_tolerant", verbose=False)
-    whole = whole.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+    whole = whole.eval().requires_grad_(False).to(device).to(memory_format=torch.channels_last)
 
     def network(pictures: Tensor) -> Tensor:
         x = whole.scaling_layer(pictures.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
