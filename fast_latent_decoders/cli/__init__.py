@@ -2,6 +2,8 @@
 
 import typer
 
+from .bench import bench
+from .check import check
 from .compare import compare
 from .convert import convert
 from .decode import decode
@@ -20,3 +22,5 @@ app.command("decode")(decode)
 app.command("encode")(encode)
 app.command("compare")(compare)
 app.command("convert")(convert)
+app.command("bench")(bench)
+app.command("check")(check)

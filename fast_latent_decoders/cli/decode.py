@@ -37,16 +37,17 @@ def decode(
     from ..files import READERS
     from ..pictures import write_picture
 
-    place = find_device(device)
+    find_device(device)  # wrong usage is said before any work
     pictures: list[dict[str, Any]] = []
     seconds = 0.0
     with Run("decoding", quiet=as_json) as run:
         files = collect(run, paths, tuple(READERS), "latent")
         if not files or not writable_folder(run, out):
             run.end()
-        fast = load_decoder(decoder, place, dtype)
+        fast = load_decoder(decoder, device, dtype)
         if tile:
             fast.enable_tiling()
+        place = fast.device.type
         used = str(fast.dtype).removeprefix("torch.")
         for batch in batched(read_all(run, files, fast, out, picture_format, scaled, force), batch_size):
             start = time.perf_counter()

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import typer
+
 from .run import Run, wrong_usage
 
 if TYPE_CHECKING:
@@ -28,7 +30,11 @@ def find_device(name: DeviceName) -> str:
 
 
 def load_decoder(name: str, device: str = "cpu", dtype: DtypeName = "float32") -> "FastDecoder":
-    """A preset, folder or Hub id, ready on `device`; wrong usage if it cannot be loaded. "auto" measures what is fastest."""
+    """A preset, folder or Hub id, ready on `device`; wrong usage if it cannot be loaded.
+
+    dtype "auto" measures what is fastest. Together with device "auto" it also sees whether the best device gives the CPU's
+    picture, and takes the CPU, with a note, where it does not.
+    """
     if (name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name) and not Path(name).exists():
         wrong_usage(f"--decoder {name}: there is no such folder")  # said here, before the Hub is asked for it five times
     import torch
@@ -42,13 +48,23 @@ def load_decoder(name: str, device: str = "cpu", dtype: DtypeName = "float32") -
     except Exception as error:  # noqa: BLE001 - broken folders make diffusers and safetensors raise what they like
         wrong_usage(f"--decoder {name}: {' '.join(str(error).split()) or type(error).__name__}")
     decoder.eval().requires_grad_(False)
-    if dtype == "auto":
-        from ..speed import fastest_dtype
-
-        chosen = fastest_dtype(decoder, device)
-    else:
+    place = find_device("auto") if device == "auto" else device
+    if dtype != "auto":
         chosen = getattr(torch, dtype)
-    return decoder.to(device, chosen).to(memory_format=torch.channels_last)
+    else:
+        from ..evaluation.check import fastest_dtype
+
+        try:
+            chosen = fastest_dtype(decoder, place)
+        except ValueError as error:
+            if place == "cpu":
+                wrong_usage(f"--decoder {name}: {error}")
+            if device != "auto":
+                wrong_usage(f"--device {place}: {error}; try --device cpu")
+            typer.echo(f"note: {error}; decoding on the CPU", err=True)
+            place = "cpu"
+            chosen = fastest_dtype(decoder, place)
+    return decoder.to(place, chosen).to(memory_format=torch.channels_last)
 
 
 def vae_units(run: Run, path: object, latents: "Latents", decoder: "FastDecoder", scaled: bool) -> "torch.Tensor":
