@@ -12,35 +12,19 @@ import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fast_latent_decoders.evaluation.backbones import Unavailable, fetch, needing, torchvision_url
+from fast_latent_decoders.evaluation.info import MetricInfo
 from fast_latent_decoders.evaluation.luma import luma, sharpness
 
 HIGHEST_PSNR = 100.0  # dB; of equal pictures, whose PSNR is infinite and would make every mean infinite
 BLUR = 2.0  # px, sigma: agreement looks at what is larger than the texture a decoder makes up
 
 Measure = Callable[[Tensor, Tensor], float]  # of one picture (3, H, W)
-
-
-@dataclass(frozen=True)
-class MetricInfo:
-    """How a metric is shown and read. `better`: the value is best high, low, at zero (signed) or at one (a ratio)."""
-
-    name: str
-    title: str
-    better: Literal["higher", "lower", "zero", "one"]
-    unit: str = ""
-    digits: int = 2
-    smallest: int = 1  # px; shorter sides give NaN
-
-    def badness(self, value: float) -> float:
-        """The same for all metrics: the smaller, the better."""
-        return {"higher": -value, "lower": value, "zero": abs(value), "one": abs(value - 1)}[self.better]
 
 
 METRICS = {
