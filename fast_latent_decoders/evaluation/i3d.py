@@ -183,7 +183,8 @@ def read_arrays(content: bytes) -> dict[str, np.ndarray]:
         if isinstance(tree, np.ndarray) and tree.dtype.kind == "f":
             return {prefix: tree}
         if not isinstance(tree, dict):
-            raise ValueError(f"expected nested dictionaries of arrays of floats, {prefix or 'the whole'} is {type(tree).__name__}")
+            kind = type(tree).__name__
+            raise ValueError(f"expected nested dictionaries of arrays of floats, {prefix or 'the whole'} is {kind}")  # noqa: TRY004
         found: dict[str, np.ndarray] = {}
         for key, value in tree.items():
             found |= flat(value, f"{prefix}|{key}" if prefix else str(key))
@@ -215,8 +216,8 @@ def weights_content(path: str | Path | None = None) -> bytes:
     else:
         place = Path(path)
         if place.is_dir():
-            inside = sorted(found for pattern in ("i3d-kinetics-400.ckpt", MEMBER, "i3d*.tar.gz") for found in place.glob(pattern))
-            place = inside[0] if inside else place / "i3d-kinetics-400.ckpt"
+            patterns = (Path(MEMBER).name, MEMBER, "i3d*.tar.gz")
+            place = next((found for pattern in patterns for found in sorted(place.glob(pattern))), place / patterns[0])
     if not place.is_file():
         raise FileNotFoundError(f"there are no weights of I3D at {place}: {HOW}")
     content = place.read_bytes()
@@ -267,7 +268,9 @@ def fill(network: I3D, arrays: Mapping[str, np.ndarray]) -> None:
 
 def open_i3d(path: str | Path | None = None) -> I3D:
     """I3D with its weights, on the CPU; `path`, what is raised and why as in `weights_content`."""
-    network = I3D()
+    with torch.device("meta"):  # no random weights first
+        network = I3D()
+    network.to_empty(device="cpu")
     fill(network, read_arrays(weights_content(path)))
     return network
 

@@ -1,7 +1,7 @@
 """What a measure is called and how it is read, and the figure that is not there."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Missing(float):
 
     reason: str
 
-    def __new__(cls, reason: str) -> "Missing":
+    def __new__(cls, reason: str) -> Self:
         value = super().__new__(cls, "nan")
         value.reason = reason
         return value

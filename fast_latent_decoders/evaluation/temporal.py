@@ -18,7 +18,7 @@ from torch.nn.functional import avg_pool2d
 
 from fast_latent_decoders.evaluation.info import MetricInfo, Missing
 
-STILL = 2.0  # 1/255: mean change of a cell up to which the truth is at rest. Sensor and codec noise stay below; motion seldom does
+STILL = 2.0  # 1/255: mean change of a cell up to which the truth is at rest; noise stays below, motion seldom does
 CELL = 8  # pixels of a cell's side: one latent, the least that a decoder can be told about
 
 VIDEO_METRICS: dict[str, MetricInfo] = {
@@ -94,7 +94,7 @@ def flicker(decoded: Tensor, truth: Tensor, still: float = STILL) -> float:
         true += rest[kept].sum(dtype=torch.float64).item()
         cells += kept.sum().item()
     if not cells:
-        return single(decoded) or Missing(f"nowhere is the truth at rest: no cell of {CELL}x{CELL} pixels changes by {still:g}/255 or less")
+        return single(decoded) or Missing(f"nowhere is the truth at rest: no {CELL}x{CELL} cell changes by {still:g}/255 or less")
     return (mine - true) / cells
 
 
@@ -145,15 +145,18 @@ def one_thread() -> Iterator[None]:
 def places(flow: np.ndarray) -> np.ndarray:
     """Where each pixel arrives: (H, W, 2) float32, x and y."""
     height, width = flow.shape[:2]
-    y, x = np.mgrid[:height, :width].astype(np.float32)
-    return flow + np.stack([x, y], axis=-1)
+    where = flow.copy()
+    where[..., 0] += np.arange(width, dtype=np.float32)
+    where[..., 1] += np.arange(height, dtype=np.float32)[:, None]
+    return where
 
 
 def sample_at(picture: np.ndarray, where: np.ndarray) -> np.ndarray:
     """Bilinear samples of (H, W, C) float32 at places (H, W, 2)."""
     import cv2
 
-    return cv2.remap(picture, where, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    # OpenCV's types have no None for the second map, which a map of pairs does not need
+    return cv2.remap(picture, where, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)  # type: ignore[call-overload]
 
 
 def visible_in_next(forward: np.ndarray, backward: np.ndarray) -> np.ndarray:
@@ -181,7 +184,7 @@ def motion_of(truth: Tensor) -> list[Motion]:
         dis = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
         found = []
         for a, b in pairwise(grey):
-            forward, backward = dis.calc(a, b, None), dis.calc(b, a, None)
+            forward, backward = (dis.calc(i, j, np.zeros((*i.shape, 2), np.float32)) for i, j in ((a, b), (b, a)))
             found.append(Motion(forward, visible_in_next(forward, backward)))
     return found
 
@@ -230,7 +233,7 @@ def warping_error(decoded: Tensor, truth: Tensor, motion: Sequence[Motion] | Non
         where = places(flow)
         for i, clip in enumerate((decoded, truth)):
             now, later = (np.ascontiguousarray(clip[s].permute(1, 2, 0).cpu().numpy(), np.float32) for s in (t, t + 1))
-            errors[i] += np.abs(now - sample_at(later, where)).mean(-1)[visible].sum(dtype=np.float64)
+            errors[i] += np.abs(now - sample_at(later, where))[visible].sum(dtype=np.float64) / 3
         pixels += int(visible.sum())
     if not pixels:
         missing = Missing("no pixel of the truth can be followed from one frame to the next")
