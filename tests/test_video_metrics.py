@@ -392,6 +392,17 @@ def test_features_by_name() -> None:
         open_video_features("cd-fvd", frames=7)
 
 
+def test_nothing_is_downloaded(cdfvd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def connect(*_: object) -> None:
+        raise AssertionError("asked the network")
+
+    monkeypatch.setattr("socket.socket.connect", connect)
+    monkeypatch.setattr("socket.getaddrinfo", connect)
+    for name in ("cd-fvd", "videomae-v2"):
+        assert open_video_features(name)[0] is None
+    assert open_video_features("i3d", path=cdfvd)[0] is None
+
+
 class TinyVideoMAE(nn.Module):
     """What is used of cd-fvd's network."""
 
