@@ -54,7 +54,7 @@ class VideoFeatures:
     device: torch.device
     batch: int = 4
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(self, windows: Tensor) -> Tensor:
         if windows.ndim != 5 or windows.shape[1:3] != (self.frames, 3) or windows.dtype != torch.uint8:
             got = f"{tuple(windows.shape)} of {windows.dtype}"
