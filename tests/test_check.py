@@ -1,9 +1,9 @@
 """The self-test behind --dtype auto."""
 
 import torch
+from fast_latent_decoders.speed import fastest_dtype
 
 from fast_latent_decoders import SubpixelDecoder
-from fast_latent_decoders.speed import fastest_dtype
 
 
 def test_the_choice_leaves_the_decoder_and_torch_as_they_were() -> None:

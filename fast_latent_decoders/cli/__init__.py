@@ -8,6 +8,7 @@ from .compare import compare
 from .convert import convert
 from .decode import decode
 from .encode import encode
+from .evaluate import evaluate
 from .list import list_presets
 
 app = typer.Typer(
@@ -22,5 +23,6 @@ app.command("decode")(decode)
 app.command("encode")(encode)
 app.command("compare")(compare)
 app.command("convert")(convert)
+app.command("evaluate")(evaluate)
 app.command("bench")(bench)
 app.command("check")(check)

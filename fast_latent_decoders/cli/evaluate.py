@@ -1,0 +1,137 @@
+"""`fld evaluate`: decoders against the truth, on pictures or clips, and a report of it."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from .loading import DeviceName, find_device
+from .run import Run, count, wrong_usage
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+PICTURES = ["psnr", "ssim", "ms_ssim", "lpips_vgg", "stlpips", "ssimulacra2", "tint_r", "tint_g", "tint_b", "tint", "sharpness"]
+
+
+def evaluate(
+    data: Annotated[list[str], typer.Argument(help="Folders, or patterns of WebDataset shards: 'val/*.tar'.")],
+    decoder: Annotated[list[str], typer.Option(help="A preset, folder or Hub id, of ours or a diffusers VAE; several times.")] = [  # noqa: B006
+        "subpixel-sdxl",
+        "taesdxl",
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the report; called again, an evaluation goes on.")] = Path("evaluation"),
+    baseline: Annotated[str | None, typer.Option(help="One of the decoders, to which the others are compared.")] = None,
+    clips: Annotated[bool, typer.Option("--clips", help="The data are clips.")] = False,
+    size: Annotated[int, typer.Option(help="Short side in px, then the centre square; 0: as they are.")] = 256,
+    samples: Annotated[int | None, typer.Option("--count", help="Samples, evenly spread; without, all.")] = None,
+    frames: Annotated[int, typer.Option(help="Of each clip, its first ones; I3D looks at 16.")] = 16,
+    encoder: Annotated[str | None, typer.Option(help="A VAE (folder, Hub id) or TAESD-like file; without, the decoders' tiny one.")] = None,
+    subfolder: Annotated[str | None, typer.Option(help="Of the encoder's folder or Hub repository.")] = None,
+    posterior: Annotated[Literal["mode", "sample"], typer.Option(help="Of a VAE's encoder.")] = "mode",
+    seed: Annotated[int, typer.Option(help="Of the posterior's samples.")] = 0,
+    colour_table: Annotated[Path | None, typer.Option(help="What the real encoder adds to the tiny one: 0, half and all of it.")] = None,
+    colours: Annotated[Path | None, typer.Option(help="Real latents of flat colours: a colour report.")] = None,
+    metric: Annotated[list[str], typer.Option(help="Several times.")] = PICTURES,
+    features: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Networks whose features' distributions are compared.  [default: inception, alexnet-st; of clips videomae-v2, i3d]",
+            show_default=False,
+        ),
+    ] = None,
+    names: Annotated[str | None, typer.Option(help="File that lists the samples, such as UCF-101's testlist01.txt.")] = None,
+    classes: Annotated[list[str], typer.Option("--class", help="A class to keep; several times.")] = [],  # noqa: B006
+    device: Annotated[DeviceName, typer.Option(help="Where to decode.")] = "auto",
+    force: Annotated[bool, typer.Option("--force", help="Begin anew in a folder that holds another evaluation.")] = False,
+) -> None:
+    """Measure decoders on pictures or clips: JSON, CSV, Markdown and a page with the figures and pictures.
+
+    Every sample is brought to one size first; that is what the encoder sees and what is compared with.
+    """
+    import json
+    import shutil
+    from datetime import UTC, datetime
+
+    from ..atomic import replacing
+    from ..evaluation import report, sheets
+    from ..evaluation.clips import write_side_by_side
+    from ..evaluation.decoders import load_candidate
+    from ..evaluation.encoders import Encoder, StandIn, load_encoder
+    from ..evaluation.machine import describe, versions
+    from ..evaluation.run import Settings, Store, about, chosen, measure, measure_recoloured
+    from ..evaluation.samples import Source
+    from ..evaluation.tools import open_tools
+
+    place = find_device(device)
+    decoder = list(dict.fromkeys(decoder))
+    baseline = baseline or ("taesdxl" if "taesdxl" in decoder else decoder[-1])
+    if baseline not in decoder:
+        wrong_usage(f"--baseline {baseline} is none of the decoders: {', '.join(decoder)}")
+    kind: Literal["pictures", "clips"] = "clips" if clips else "pictures"
+    sources = [Source(path, kind, names=names, classes=classes or None) for path in data]
+    shares = [0.0, 0.5, 1.0] if colour_table else [0.0]
+    if force and (out / "protocol.json").exists():
+        shutil.rmtree(out)
+    with Run("measuring", quiet=True) as run:
+        try:
+            candidates = [load_candidate(name, place) for name in decoder]
+            first = next((c.model for c in candidates if hasattr(c.model, "latent_space")), None)
+            if first is None:
+                wrong_usage("at least one decoder must be of this package, so that the latents' convention is known")
+            stand_in = StandIn(colour_table=str(colour_table) if colour_table else None, colours=str(colours) if colours else None)
+            eyes = load_encoder(Encoder(encoder, subfolder, posterior), stand_in, first)
+            tools, infos, titles, unavailable = open_tools(metric, features or (["videomae-v2", "i3d"] if clips else ["inception", "alexnet-st"]), clips, place)
+            protocol = Settings(sources, size or None, samples, frames, shares, seed, list(infos), list(titles))
+            store = Store(out, about(protocol, eyes, posterior, candidates), {name: network.d for name, network in tools.features.items()})
+            todo = chosen(protocol)
+        except (ValueError, OSError, ImportError) as error:
+            wrong_usage(str(error))
+        progress = measure(protocol, eyes, candidates, tools, store, baseline if colour_table else None)
+        for _ in run.over([None] * (len(todo) - len(store.done))):
+            next(progress, None)
+        shown = list(decoder)
+        if colour_table and store.rows:
+            shown.append(f"{baseline} + affine colour")
+            plain = next(candidate for candidate in candidates if candidate.name == baseline)
+            again = measure_recoloured(protocol, eyes, plain, tools, store)
+            for _ in run.over([None] * (len(todo) * len(shares))):
+                next(again, None)
+        for key, why in store.failed.items():
+            run.fail(key, why)
+        if not store.rows:
+            wrong_usage(f"not one sample of {', '.join(data)} could be measured")
+        about_machine = describe(place)
+        results: dict[str, Any] = {
+            "title": f"{count(len(decoder), 'decoder')} on {', '.join(data)}",
+            "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+            "machine": f"{about_machine['cpu']}, {about_machine['threads']} threads, torch {versions()['torch']}",
+            "protocol": about(protocol, eyes, posterior, candidates),
+            "n": len({row["key"] for row in store.rows}),
+            "baseline": baseline,
+            "parameters": {candidate.name: candidate.parameters for candidate in candidates},
+            "figures": report.summarise(store, infos, shown, shares, baseline),
+            "distances": report.distances(store, titles, decoder, shares),
+            "colours": {},
+            "failed": store.failed,
+            "unavailable": unavailable,
+        }
+        pictures: dict[str, Image.Image] = {}
+        if eyes.colours is not None:
+            results["colours"], swatches = sheets.colour_report(protocol, eyes, candidates)
+            pictures |= swatches
+        pictures |= sheets.draw(protocol, eyes, candidates, store, infos, baseline)
+        store.write_csv()
+        if clips:
+            write_side_by_side(out / "side-by-side.mp4", sheets.first_clip(protocol, eyes, candidates, store))
+        with replacing(out / "report.json", force=True) as path:
+            path.write_text(json.dumps(results, indent=1) + "\n")
+        with replacing(out / "report.md", force=True) as path:
+            path.write_text(report.markdown(results, infos, titles))
+        with replacing(out / "report.html", force=True) as path:
+            path.write_text(report.page(results, infos, titles, pictures))
+        for title, picture in pictures.items():
+            picture.save(out / f"{sheets.file_name(title)}.png")
+    typer.echo(report.markdown(results, infos, titles))
+    typer.echo(f"report in {out}/report.html")
+    run.end()

@@ -1,0 +1,114 @@
+"""Pictures of a report: contact sheet, worst samples, strips of frames, swatches. They are decoded anew, so none had to be kept."""
+
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from ..sheet import Compared, draw_sheet
+from .clips import draw_strip
+from .colour import draw_swatches, flat_colours, textured_colours
+from .decoders import Candidate
+from .encoders import FrozenEncoder
+from .info import MetricInfo
+from .reading import read
+from .run import Settings, Store, chosen, decode_sample, prepare, to_bytes, to_floats
+
+SHOWN = 6  # samples of the contact sheet
+WORST = 5
+GAIN = 4  # of error maps
+
+
+def file_name(title: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")[:80]
+
+
+def as_array(frames: Tensor) -> np.ndarray:
+    return frames.permute(0, 2, 3, 1).numpy()
+
+
+def draw(
+    protocol: Settings,
+    encoder: FrozenEncoder,
+    candidates: Sequence[Candidate],
+    store: Store,
+    infos: Mapping[str, MetricInfo],
+    baseline: str,
+) -> dict[str, Image.Image]:
+    """Title -> picture, at the middle share of the colour table."""
+    share = protocol.shares[len(protocol.shares) // 2]
+    entries = {entry.key: (source, entry) for source, entry in chosen(protocol)}
+    by = next((m for m in ("stlpips", "psnr") if m in infos), next(iter(infos), None))
+
+    def compared(keys: Sequence[str], shown: Sequence[Candidate], maps: bool) -> list[Compared]:
+        found = []
+        for key in keys:
+            x, decoded = decode_sample(protocol, encoder, shown, *entries[key])
+            pictures: dict[str, np.ndarray] = {}
+            for candidate, at, y in decoded:
+                if at == share:
+                    made = to_bytes(y[:1])
+                    pictures[candidate.name] = as_array(made)[0]
+                    if maps:
+                        error = (made.int() - x[:1].int()).abs().mul(GAIN).clamp_max(255)
+                        pictures[f"{candidate.name}: error x{GAIN}"] = as_array(error.byte())[0]
+            figures = {c.name: figures_of(store, key, c.name, share) for c in shown}
+            found.append(Compared(key.split("/")[-1], as_array(x[:1])[0], pictures, figures))
+        return found
+
+    done = [key for key in entries if any(row["key"] == key for row in store.rows)]
+    spread = [done[int((i + 0.5) * len(done) / min(SHOWN, len(done)))] for i in range(min(SHOWN, len(done)))]
+    rows = compared(spread, candidates, maps=True)
+    sheets = {"Contact sheet": draw_sheet(list(rows[0].decoded), rows)}
+    if by is not None:
+        for candidate in candidates:
+            values = {r["key"]: r.get(by) for r in store.rows if (r["decoder"], r["share"]) == (candidate.name, share)}
+            known = {key: value for key, value in values.items() if value is not None}
+            worst = sorted(known, key=lambda key: infos[by].badness(known[key]), reverse=True)[:WORST]
+            shown = list({c.name: c for c in (candidate, *(c for c in candidates if c.name == baseline))}.values())
+            if worst:
+                sheets[f"Worst of {candidate.name}, by {infos[by].title}"] = draw_sheet([c.name for c in shown], compared(worst, shown, maps=False))
+    if protocol.sources[0].kind == "clips":
+        for key in spread[:2]:
+            sheets[f"Frames of {key.split('/')[-1]}"] = draw_strip(clip_rows(protocol, encoder, candidates, entries[key], share))
+    return sheets
+
+
+def clip_rows(protocol: Settings, encoder: FrozenEncoder, candidates: Sequence[Candidate], entry: Any, share: float) -> dict[str, np.ndarray]:
+    """"truth" and each decoder's frames, (T, H, W, 3) uint8."""
+    x, decoded = decode_sample(protocol, encoder, candidates, *entry)
+    return {"truth": as_array(x)} | {candidate.name: as_array(to_bytes(y)) for candidate, at, y in decoded if at == share}
+
+
+def first_clip(protocol: Settings, encoder: FrozenEncoder, candidates: Sequence[Candidate], store: Store) -> dict[str, np.ndarray]:
+    """Of the first clip that was measured, "truth" and each decoder's frames, at the middle share."""
+    entry = next(pair for pair in chosen(protocol) if any(row["key"] == pair[1].key for row in store.rows))
+    return clip_rows(protocol, encoder, candidates, entry, protocol.shares[len(protocol.shares) // 2])
+
+
+def figures_of(store: Store, key: str, decoder: str, share: float) -> dict[str, float | None]:
+    row = next(r for r in store.rows if (r["key"], r["decoder"], r["share"]) == (key, decoder, share))
+    return {"psnr": row.get("psnr"), "ssim": row.get("ssim")}
+
+
+def colour_report(
+    protocol: Settings, encoder: FrozenEncoder, candidates: Sequence[Candidate], every: int = 1
+) -> tuple[dict[str, dict[str, float]], dict[str, Image.Image]]:
+    """Of each decoder the figures of flat and textured real colours, and its swatches."""
+    textures = []
+    for source, entry in chosen(protocol):
+        with suppress(Exception):  # broken samples were told of
+            textures.append(to_floats(prepare(read(source, entry, 1).frames, 256)))
+        if len(textures) == 32:
+            break
+    figures, swatches = {}, {}
+    for candidate in candidates:
+        flat = flat_colours(candidate, encoder, every)
+        textured = [textured_colours(candidate, encoder, texture, seed=i) for i, texture in enumerate(textures)]
+        figures[candidate.name] = {"psnr": flat.psnr, "p95": flat.p95, "worst": flat.worst, "textured": float(np.mean(textured))}
+        swatches[f"Flat colours of {candidate.name}: above asked for, below decoded"] = draw_swatches(flat)
+    return figures, swatches
