@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..decoder import FastDecoder
 from .encoders import read_vae
@@ -43,7 +43,7 @@ def load_candidate(name: str, device: str, dtype: torch.dtype = torch.float32) -
             raise ValueError(f"{name}: {error}") from error
         scale, shift = model.config.scaling_factor, getattr(model.config, "shift_factor", None) or 0.0
     network = model.decoder
-    model.to(device, dtype).eval().requires_grad_(False)
+    nn.Module.to(model, torch.device(device), dtype).eval().requires_grad_(False)  # ModelMixin's logs a warning (CONTRACT 7.11)
     network.to(memory_format=torch.channels_last)
     temporal = isinstance(model, FastDecoder) or type(model).__name__ == "AutoencoderKLTemporalDecoder"
 
