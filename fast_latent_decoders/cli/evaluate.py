@@ -32,6 +32,7 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Of the posterior's samples.")] = 0,
     colour_table: Annotated[Path | None, typer.Option(help="What the real encoder adds to the tiny one: 0, half and all of it.")] = None,
     colours: Annotated[Path | None, typer.Option(help="Real latents of flat colours: a colour report.")] = None,
+    colours_every: Annotated[int, typer.Option(min=1, help="Take each such colour: all 6,181 are an hour on a laptop.")] = 8,
     metric: Annotated[list[str], typer.Option(help="Several times.")] = PICTURES,
     features: Annotated[
         list[str] | None,
@@ -118,7 +119,7 @@ def evaluate(
         }
         pictures: dict[str, Image.Image] = {}
         if eyes.colours is not None:
-            results["colours"], swatches = sheets.colour_report(protocol, eyes, candidates)
+            results["colours"], swatches = sheets.colour_report(protocol, eyes, candidates, colours_every)
             pictures |= swatches
         pictures |= sheets.draw(protocol, eyes, candidates, store, infos, baseline)
         store.write_csv()

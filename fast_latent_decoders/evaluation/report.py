@@ -55,7 +55,8 @@ def distances(store: Store, titles: Mapping[str, str], decoders: Sequence[str], 
                 if len(mine) < 2:
                     continue
                 distance = frechet(moments_of(mine), true_moments)
-                kernel = kernel_distance(*(torch.from_numpy(np.array(part[:: -(-len(part) // KEPT)])) for part in (mine, truth)))
+                kept = (torch.from_numpy(np.array(part[:: -(-len(part) // KEPT)])) for part in (mine, truth))
+                kernel = kernel_distance(*kept, paired=True)  # the same pictures on both sides
                 found[f"{share:g}"][name][network] = {
                     "frechet": distance.value, "n": distance.n, "d": distance.d, "comparable": distance.comparable,
                     "kernel": kernel.value, "kernel_low": kernel.low, "kernel_high": kernel.high,
@@ -107,8 +108,8 @@ def tables(results: Figures, infos: Mapping[str, MetricInfo], titles: Mapping[st
                 found[f"Differences to {baseline} on the same samples{at} (bold: the interval leaves out 0)"] = rows
     if colours := results.get("colours"):
         found["Colours of real latents, which no stand-in made"] = [
-            ["decoder", "flat: PSNR, dB ↑", "95th percentile, 1/255 ↓", "worst, 1/255 ↓", "textured: PSNR, dB ↑"],
-            *([name, f"{c['psnr']:.1f}", f"{c['p95']:.1f}", f"{c['worst']:.1f}", f"{c['textured']:.1f}"] for name, c in colours.items()),
+            ["decoder", "colours", "flat: PSNR, dB ↑", "95th percentile, 1/255 ↓", "worst, 1/255 ↓", "textured: PSNR, dB ↑"],
+            *([name, str(c["n"]), f"{c['psnr']:.1f}", f"{c['p95']:.1f}", f"{c['worst']:.1f}", f"{c['textured']:.1f}"] for name, c in colours.items()),
         ]
     return found
 

@@ -109,6 +109,6 @@ def colour_report(
     for candidate in candidates:
         flat = flat_colours(candidate, encoder, every)
         textured = [textured_colours(candidate, encoder, texture, seed=i) for i, texture in enumerate(textures)]
-        figures[candidate.name] = {"psnr": flat.psnr, "p95": flat.p95, "worst": flat.worst, "textured": float(np.mean(textured))}
+        figures[candidate.name] = {"psnr": flat.psnr, "p95": flat.p95, "worst": flat.worst, "textured": float(np.mean(textured)), "n": len(flat.asked)}
         swatches[f"Flat colours of {candidate.name}: above asked for, below decoded"] = draw_swatches(flat)
     return figures, swatches
