@@ -99,8 +99,11 @@ def task_of(case: Case, candidate: Candidate, device: str, *, in_place: bool = F
 
     if case.mode == "compiled":
         # One function of ours is compiled for each model, which is more often than torch allows by itself.
+        # It is compiled for each number of threads, too: for all of them, and for one, where processor time is taken.
         with torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=1024):
             call()
+            with Clock(device).one_thread():
+                call()
     return _captured(call) if case.mode == "graph" else call
 
 
