@@ -102,7 +102,8 @@ def bench(
         record = measured(
             Options(
                 names,
-                *(tuple(dict.fromkeys(values)) for values in (size, batch)),
+                sizes=tuple(dict.fromkeys(size)),
+                batches=tuple(dict.fromkeys(batch)),
                 frames=frames,
                 device=place,
                 dtypes=tuple(dict.fromkeys(map(str, dtype))) if dtype else default_dtypes(names, place),

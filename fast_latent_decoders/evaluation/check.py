@@ -128,8 +128,8 @@ def _try(
         sentence = f"{dtype} gives NaN or infinite values on {device}: do not use it with this decoder"
         return Trial(dtype, layout, ms, problem=sentence, broken=True)
     difference = (picture - expected).square().mean().sqrt().item()
-    error, size = difference * 127.5, expected.square().mean().sqrt().item()
+    off, size = difference * 127.5, expected.square().mean().sqrt().item()
     if difference > ALLOWED[dtype] * max(size, 1e-3):
-        sentence = f"{dtype} on {device} differs by {error:.1f}/255 (rms) from float32 on the CPU: do not use it there"
-        return Trial(dtype, layout, ms, error, sentence, broken=True)
-    return Trial(dtype, layout, ms, error)
+        sentence = f"{dtype} on {device} differs by {off:.1f}/255 (rms) from float32 on the CPU: do not use it there"
+        return Trial(dtype, layout, ms, off, sentence, broken=True)
+    return Trial(dtype, layout, ms, off)
