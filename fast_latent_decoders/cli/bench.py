@@ -1,8 +1,9 @@
 """`fld bench`: latency, throughput, memory, and the decoder's part of the whole."""
 
 import json
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -15,16 +16,34 @@ if TYPE_CHECKING:
 
 DECODERS = ["subpixel-sdxl", "taesdxl", "tae-192", "efficientvit", "sdxl-vae"]
 PLOTS = (".png", ".svg", ".pdf")
-Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class Dtype(StrEnum):  # typer takes lists of these, and no lists of Literals
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Layout(StrEnum):
+    channels_last = "channels_last"
+    contiguous = "contiguous"
+
+
+class Mode(StrEnum):
+    eager = "eager"
+    compiled = "compiled"
+    tiled = "tiled"
+    graph = "graph"
+
 
 
 def bench(
     decoders: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[DECODER]...",
-            help=f"Presets, folders or Hub ids; also tae-192, efficientvit, tae-temporal (random weights where none are trained), "
-            f"sdxl-vae and svd-vae (random).  [default: {' '.join(DECODERS)}]",
+            metavar="DECODER",
+            help="Presets, folders or Hub ids; also tae-192, efficientvit, tae-temporal (random weights where none are trained), "
+            f"sdxl-vae and svd-vae (random). By default: {', '.join(DECODERS)}.",
             show_default=False,
         ),
     ] = None,
@@ -34,10 +53,10 @@ def bench(
     device: Annotated[DeviceName, typer.Option(help="Where to decode.")] = "auto",
     dtype: Annotated[
         list[Dtype] | None,
-        typer.Option(help="Number formats.  [default: float32, and what fld check finds faster]", show_default=False),
+        typer.Option(help="Number formats; by default float32 and what fld check finds faster.", show_default=False),
     ] = None,
-    layout: Annotated[list[Literal["channels_last", "contiguous"]], typer.Option(help="Memory layouts.")] = ["channels_last"],  # noqa: B006
-    mode: Annotated[list[Literal["eager", "compiled", "tiled", "graph"]], typer.Option(help="Ways to run.")] = ["eager"],  # noqa: B006
+    layout: Annotated[list[Layout], typer.Option(help="Memory layouts.")] = [Layout.channels_last],  # noqa: B006
+    mode: Annotated[list[Mode], typer.Option(help="Ways to run; graph is a CUDA graph.")] = [Mode.eager],  # noqa: B006
     tile_size: Annotated[int, typer.Option(min=1, help="Side of a tile in latents, for --mode tiled.")] = 64,
     repeats: Annotated[int, typer.Option(min=1, help="Measured calls of each row.")] = 7,
     budget: Annotated[float, typer.Option(min=0, help="Seconds for a row; slower ones get fewer repeats.")] = 10.0,
@@ -58,7 +77,7 @@ def bench(
     ] = None,
     quality: Annotated[
         list[Path] | None,
-        typer.Option(metavar="FILE", help="results.json of model cards, for --plot.  [default: the default preset's]", show_default=False),
+        typer.Option(metavar="FILE", help="results.json of model cards, for --plot; by default that of subpixel-sdxl.", show_default=False),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace files that are already there.")] = False,
 ) -> None:
@@ -83,12 +102,13 @@ def bench(
         record = measured(
             Options(
                 names,
-                *(tuple(dict.fromkeys(values)) for values in (size, batch)),
+                sizes=tuple(dict.fromkeys(size)),
+                batches=tuple(dict.fromkeys(batch)),
                 frames=frames,
                 device=place,
-                dtypes=tuple(dict.fromkeys(dtype)) if dtype else default_dtypes(names, place),
-                layouts=tuple(dict.fromkeys("contiguous_format" if name == "contiguous" else name for name in layout)),
-                modes=tuple(dict.fromkeys(mode)),
+                dtypes=tuple(dict.fromkeys(map(str, dtype))) if dtype else default_dtypes(names, place),
+                layouts=tuple(dict.fromkeys("contiguous_format" if name is Layout.contiguous else str(name) for name in layout)),
+                modes=tuple(dict.fromkeys(map(str, mode))),
                 tile=tile_size,
                 repeats=repeats,
                 budget=budget,

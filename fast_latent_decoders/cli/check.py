@@ -32,10 +32,10 @@ def check(
         typer.echo(json.dumps({**found, "trials": [trial.as_json() for trial in trials], "problems": broken}, indent=2))
         raise typer.Exit(0 if works else 1)
     table = Table("dtype", "layout", "result")
-    table.add_column("from CPU float32, /255", justify="right")
+    table.add_column("rms from CPU float32, /255", justify="right")
     table.add_column("ms, 128 px" + (", 1 thread" if place == "cpu" else ""), justify="right")
     for trial in trials:
-        result = "wrong" if trial.broken else "does not run" if trial.problem else "right"
+        result = "wrong" if trial.broken else "-" if trial.problem else "right"
         error, ms = ("-" if value is None else f"{value:.2f}" for value in (trial.error, trial.ms))
         table.add_row(trial.dtype, trial.layout.removesuffix("_format"), result, error, ms)
     table_console().print(table)

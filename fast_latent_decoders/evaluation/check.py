@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 SIDE = 16  # latents: 128 pixels, enough that the convolutions and not their calls are timed
 REPEATS = 2
+SLOW = 3.0  # times float32's time, from which on a format is not tried any further
 MARGIN = 0.9  # a less exact format must take at most this share of the time
 # What a device's picture may differ from float32 on the CPU, as a share of the picture's own rms. Three digits at least are
 # left of float32 where a GPU rounds its factors to TF32; bfloat16 has two by itself.
@@ -56,7 +57,12 @@ def self_test(
         if not torch.isfinite(expected).all():
             sentence = "the decoder gives NaN or infinite values in float32 on the CPU: its weights are broken"
             return [Trial("float32", "contiguous_format", problem=sentence, broken=True)]
-        return [_try(decoder, device, dtype, layout, z, expected, clock) for dtype in dtypes for layout in layouts]
+        trials: list[Trial] = []
+        for dtype in dtypes:
+            for layout in layouts:
+                slow = _slow(trials, dtype)
+                trials.append(Trial(dtype, layout, problem=slow) if slow else _try(decoder, device, dtype, layout, z, expected, clock))
+        return trials
 
 
 def best(trials: Sequence[Trial], device: str) -> Trial | None:
@@ -83,6 +89,15 @@ def fastest_dtype(decoder: "FastDecoder", device: str) -> torch.dtype:
     if chosen is None:
         raise ValueError("; ".join(dict.fromkeys(trial.problem or "" for trial in trials)))
     return getattr(torch, chosen.dtype)
+
+
+def _slow(trials: Sequence[Trial], dtype: str) -> str | None:
+    """Why not to try this format again: emulated, it takes minutes in an unfortunate layout."""
+    times = {trial.dtype: trial.ms for trial in trials if trial.ms is not None}
+    if dtype == "float32" or not {dtype, "float32"} <= times.keys():
+        return None
+    ratio = times[dtype] / max(times["float32"], 1e-6)
+    return f"{dtype} takes {ratio:.1f} times as long as float32, so its other layouts were not tried" if ratio > SLOW else None
 
 
 def _copy(decoder: "FastDecoder", device: str, dtype: str, layout: str) -> torch.nn.Module:
@@ -113,8 +128,8 @@ def _try(
         sentence = f"{dtype} gives NaN or infinite values on {device}: do not use it with this decoder"
         return Trial(dtype, layout, ms, problem=sentence, broken=True)
     difference = (picture - expected).square().mean().sqrt().item()
-    error, size = difference * 127.5, expected.square().mean().sqrt().item()
+    off, size = difference * 127.5, expected.square().mean().sqrt().item()
     if difference > ALLOWED[dtype] * max(size, 1e-3):
-        sentence = f"{dtype} on {device} differs by {error:.1f}/255 (rms) from float32 on the CPU: do not use it there"
-        return Trial(dtype, layout, ms, error, sentence, broken=True)
-    return Trial(dtype, layout, ms, error)
+        sentence = f"{dtype} on {device} differs by {off:.1f}/255 (rms) from float32 on the CPU: do not use it there"
+        return Trial(dtype, layout, ms, off, sentence, broken=True)
+    return Trial(dtype, layout, ms, off)

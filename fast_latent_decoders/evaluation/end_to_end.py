@@ -72,7 +72,7 @@ def photograph_like(size: int) -> Tensor:
     """(3, size, size) in [-1, 1]: noise whose amplitude falls with frequency as a photograph's does, its channels alike."""
     random = np.random.default_rng(0)
     y, x = np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)
-    falloff = 1 / np.maximum(np.hypot(y, x), 1 / size) ** 1.2
+    falloff = 1 / np.maximum(np.hypot(y, x), 1 / size) ** 1.6  # files and times then come near those of decoded photographs
     shared = np.fft.rfft2(random.standard_normal((size, size)))
     planes = [np.fft.irfft2((shared + 0.3 * np.fft.rfft2(random.standard_normal((size, size)))) * falloff, (size, size)) for _ in "rgb"]
     values = np.stack(planes)

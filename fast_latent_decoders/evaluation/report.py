@@ -148,7 +148,7 @@ def notes(results: Figures) -> list[str]:
 def markdown(results: Figures, infos: Mapping[str, MetricInfo], titles: Mapping[str, str]) -> str:
     parts = []
     for title, rows in tables(results, infos, titles).items():
-        lines = ["| " + " | ".join(row) + " |" for row in rows]
+        lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
         parts.append(f"**{title}**\n\n" + "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]]))
     return "\n\n".join([*parts, *notes(results)]) + "\n"
 

@@ -175,7 +175,7 @@ def _whole(record: dict[str, Any], size: int) -> str:
             rows.append([row["decoder"], how(row), ms(decode), *(f"{ms(t)} ({100 * decode / t:.0f}%)" for t in total.values())])
     if not rows:
         return ""
-    head = ["decoder", "how", "decode ms", *(f"+ {name.replace('level ', '').replace('quality ', '').split(' (')[0]}" for name in shown)]
+    head = ["decoder", "how", "decode ms", *(f"+ {name.replace(', level', '').replace(', quality', '').split(' (')[0]}" for name in shown)]
     return markdown(head, rows, left=2) + "\n\nDecode, bytes and encoding added up, in memory; in brackets the decode's share."
 
 
