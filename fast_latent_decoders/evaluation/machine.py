@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .timing import Clock, quartiles
+from .timing import Clock
 
 # Instructions that decide which number format is fast on a CPU.
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "avx512_fp16", "asimdhp", "bf16")
@@ -132,7 +132,7 @@ def reference_wait(clock: Clock, rounds: int = 12) -> float:
 
 
 @torch.inference_mode()
-def roofline(device: str, dtypes: Sequence[str], clock: Clock | None = None, seconds: float = 0.1) -> dict[str, Any]:
+def roofline(device: str, dtypes: Sequence[str], clock: Clock | None = None, seconds: float = 0.3) -> dict[str, Any]:
     """What the device reaches at best, measured: floating-point operations per second of a matrix product in each dtype
     (a multiply-accumulate is two), and bytes per second of a large copy, read and written both counted."""
     clock = clock or Clock(device)
@@ -145,25 +145,26 @@ def roofline(device: str, dtypes: Sequence[str], clock: Clock | None = None, sec
     megabytes = 128 if device == "cpu" else 512
     source = torch.ones(megabytes * 2**18, device=device)
     target = torch.empty_like(source)
-    took = _typical(lambda: target.copy_(source), clock)
+    took = _quickest(lambda: target.copy_(source), clock)
     return {"matrix": matrix, "copy": 2 * source.nbytes / took}
 
 
 def _matrix_rate(device: str, dtype: torch.dtype, clock: Clock, seconds: float) -> float:
     # Doubled until a product takes long enough: a small one times the call, and a large one takes minutes where a dtype is
-    # emulated.
-    side = 256
+    # emulated. The best rate met on the way: a roof is what can be reached, and others can only hide it.
+    side, best = 256, 0.0
     while True:
         a = torch.ones(side, side, device=device, dtype=dtype)
         b = torch.ones(side, side, device=device, dtype=dtype)
-        took = _typical(lambda a=a, b=b: a @ b, clock)  # type: ignore[misc]
+        took = _quickest(lambda a=a, b=b: a @ b, clock)  # type: ignore[misc]
+        best = max(best, 2 * side**3 / took)
         if took * 8 > seconds or side >= 8192:
-            return 2 * side**3 / took
+            return best
         side *= 2
 
 
-def _typical(call: Callable[[], object], clock: Clock, rounds: int = 5) -> float:
-    """The lower quartile of seconds: others can only slow it down, and the best one may be a fluke of the clock."""
+def _quickest(call: Callable[[], object], clock: Clock, rounds: int = 8) -> float:
+    """Seconds of the best of some calls, the first one left out."""
     times = []
     for _ in range(rounds + 1):
         clock.synchronise()
@@ -171,4 +172,4 @@ def _typical(call: Callable[[], object], clock: Clock, rounds: int = 5) -> float
         call()
         clock.synchronise()
         times.append(clock.wall() - start)
-    return quartiles(times[1:])[0]
+    return min(times[1:])

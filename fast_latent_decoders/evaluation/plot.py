@@ -77,11 +77,12 @@ def draw(record: dict[str, Any], quality: dict[str, dict[str, float]], suffix: s
                 time, value = points[name]
                 spread = [[time - row["q1_ms"]], [row["q3_ms"] - time]]
                 axis.errorbar(time, value, xerr=spread, fmt="o" if name in front else "x", color=colour, capsize=2)
-                axis.annotate(f"{name} ({how(row)})", (time, value), xytext=(5, 5), textcoords="offset points", fontsize=8)
+                axis.annotate(f"{name} ({how(row)})", (time, value), xytext=(0, -12), textcoords="offset points", ha="center", fontsize=8)
             else:
                 axis.axvline(row["ms"], color=colour, ls=":", lw=1)
-                label = f"{name} ({how(row)}), not measured"
-                axis.annotate(label, (row["ms"], 0.02), xycoords=("data", "axes fraction"), rotation=90, fontsize=7, ha="right")
+                label = f"{name} ({how(row)}), no quality figure"
+                place = {"xycoords": ("data", "axes fraction"), "rotation": 90, "ha": "right", "va": "top"}
+                axis.annotate(label, (row["ms"], 0.98), fontsize=6, **place)
         axis.set_xscale("log")
         axis.margins(0.25)
         axis.set_xlabel(f"ms for {size} x {size}")

@@ -128,7 +128,8 @@ def _legend(record: dict[str, Any], unsynchronised: bool) -> str:
         "in turn with the other rows, after warm-up, device waited for.",
         f"CPU ms: processor time of one call on one thread{hosts}.",
         "of best: share of this machine's matrix rate (M) or, counting every operation's reads and writes, of its",
-        "copy bandwidth (C), whichever is nearer; over 100 % C where operations are fused or stay in the cache.",
+        "copy bandwidth (C), whichever is nearer. Over 100 % C: operations are fused or stay in the cache;",
+        "over 100 % M: the matrix product was disturbed, or is a slow one in this format.",
     ]
     if options["memory"]:
         lines.append(
