@@ -46,6 +46,7 @@ def open_tools(metrics: Sequence[str], features: Sequence[str], clips: bool, dev
             unavailable[name] = found
         else:
             networks[name] = found
+    unavailable = {name: why.removeprefix("not available: ") for name, why in unavailable.items()}  # reports say it themselves
     every = {**METRICS, **VIDEO_METRICS}
     infos = {name: every[name] for name in (*opened, *video)}
     return Tools(opened, video, networks), infos, {name: network.title for name, network in networks.items()}, unavailable
