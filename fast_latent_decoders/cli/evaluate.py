@@ -60,7 +60,7 @@ def evaluate(
     from ..evaluation.decoders import load_candidate
     from ..evaluation.encoders import Encoder, StandIn, load_encoder
     from ..evaluation.machine import describe, versions
-    from ..evaluation.run import Settings, Store, about, chosen, measure, measure_recoloured
+    from ..evaluation.run import Settings, Store, about, measure, measure_recoloured
     from ..evaluation.samples import Source
     from ..evaluation.tools import open_tools
 
@@ -72,8 +72,6 @@ def evaluate(
     kind: Literal["pictures", "clips"] = "clips" if clips else "pictures"
     sources = [Source(path, kind, names=names, classes=classes or None) for path in data]
     shares = [0.0, 0.5, 1.0] if colour_table else [0.0]
-    if force and (out / "protocol.json").exists():
-        shutil.rmtree(out)
     with Run("measuring", quiet=True) as run:
         try:
             candidates = [load_candidate(name, place) for name in decoder]
@@ -84,8 +82,10 @@ def evaluate(
             eyes = load_encoder(Encoder(encoder, subfolder, posterior), stand_in, first)
             tools, infos, titles, unavailable = open_tools(metric, features or (["videomae-v2", "i3d"] if clips else ["inception", "alexnet-st"]), clips, place)
             protocol = Settings(sources, size or None, samples, frames, shares, seed, list(infos), list(titles))
+            todo = protocol.chosen
+            if force and (out / "protocol.json").exists():  # only now that nothing is wrong with the call
+                shutil.rmtree(out)
             store = Store(out, about(protocol, eyes, posterior, candidates), {name: network.d for name, network in tools.features.items()})
-            todo = chosen(protocol)
         except (ValueError, OSError, ImportError) as error:
             wrong_usage(str(error))
         progress = measure(protocol, eyes, candidates, tools, store, baseline if colour_table else None)

@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -39,6 +40,13 @@ class Settings:
     seed: int = 0  # of the posterior's samples
     metrics: list[str] = field(default_factory=list)
     features: list[str] = field(default_factory=list)
+
+    @cached_property
+    def chosen(self) -> list[tuple[Source, Entry]]:
+        """The samples, evenly spread over all sources, which are indexed once. Raises as `index` does."""
+        every = [(source, entry) for source in self.sources for entry in index(source).entries]
+        count = min(self.count or len(every), len(every))
+        return [every[int((i + 0.5) * len(every) / count)] for i in range(count)]
 
 
 def finite(value: Any) -> float | None:
@@ -69,13 +77,6 @@ def prepare(frames: Tensor, size: int | None) -> Tensor:
         raise ValueError(f"it is {width}x{height}: smaller than one latent")
     top, left = (height - wanted[0]) // 2, (width - wanted[1]) // 2
     return frames[..., top : top + wanted[0], left : left + wanted[1]]
-
-
-def chosen(protocol: Settings) -> list[tuple[Source, Entry]]:
-    """The samples, evenly spread over all sources. Raises as `index` does."""
-    every = [(source, entry) for source in protocol.sources for entry in index(source).entries]
-    count = min(protocol.count or len(every), len(every))
-    return [every[int((i + 0.5) * len(every) / count)] for i in range(count)]
 
 
 class Store:
@@ -205,7 +206,7 @@ def measure(
     Args:
         fitted: name of the decoder whose best affine change of colour will be asked for.
     """
-    for source, entry in chosen(protocol):
+    for source, entry in protocol.chosen:
         if entry.key in store.done:
             continue
         try:

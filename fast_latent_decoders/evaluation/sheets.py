@@ -16,7 +16,7 @@ from .decoders import Candidate
 from .encoders import FrozenEncoder
 from .info import MetricInfo
 from .reading import read
-from .run import Settings, Store, chosen, decode_sample, prepare, to_bytes, to_floats
+from .run import Settings, Store, decode_sample, prepare, to_bytes, to_floats
 
 SHOWN = 6  # samples of the contact sheet
 WORST = 5
@@ -41,7 +41,7 @@ def draw(
 ) -> dict[str, Image.Image]:
     """Title -> picture, at the middle share of the colour table."""
     share = protocol.shares[len(protocol.shares) // 2]
-    entries = {entry.key: (source, entry) for source, entry in chosen(protocol)}
+    entries = {entry.key: (source, entry) for source, entry in protocol.chosen}
     by = next((m for m in ("stlpips", "psnr") if m in infos), next(iter(infos), None))
 
     def compared(keys: Sequence[str], shown: Sequence[Candidate], maps: bool) -> list[Compared]:
@@ -86,7 +86,7 @@ def clip_rows(protocol: Settings, encoder: FrozenEncoder, candidates: Sequence[C
 
 def first_clip(protocol: Settings, encoder: FrozenEncoder, candidates: Sequence[Candidate], store: Store) -> dict[str, np.ndarray]:
     """Of the first clip that was measured, "truth" and each decoder's frames, at the middle share."""
-    entry = next(pair for pair in chosen(protocol) if any(row["key"] == pair[1].key for row in store.rows))
+    entry = next(pair for pair in protocol.chosen if any(row["key"] == pair[1].key for row in store.rows))
     return clip_rows(protocol, encoder, candidates, entry, protocol.shares[len(protocol.shares) // 2])
 
 
@@ -100,14 +100,14 @@ def colour_report(
 ) -> tuple[dict[str, dict[str, float]], dict[str, Image.Image]]:
     """Of each decoder the figures of flat and textured real colours, and its swatches."""
     textures = []
-    for source, entry in chosen(protocol):
+    for source, entry in protocol.chosen:
         with suppress(Exception):  # broken samples were told of
             textures.append(to_floats(prepare(read(source, entry, 1).frames, 256)))
         if len(textures) == 32:
             break
     figures, swatches = {}, {}
     for candidate in candidates:
-        flat = flat_colours(candidate, encoder, every)
+        flat = flat_colours(candidate.decode, encoder, every)
         textured = [textured_colours(candidate, encoder, texture, seed=i) for i, texture in enumerate(textures)]
         figures[candidate.name] = {"psnr": flat.psnr, "p95": flat.p95, "worst": flat.worst, "textured": float(np.mean(textured)), "n": len(flat.asked)}
         swatches[f"Flat colours of {candidate.name}: above asked for, below decoded"] = draw_swatches(flat)
