@@ -9,6 +9,8 @@ import pytest
 import torch
 import transformers
 
+from fast_latent_decoders import SubpixelDecoder
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _quiet_and_small() -> None:
@@ -20,3 +22,12 @@ def _quiet_and_small() -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a tiny decoder of random weights, for the command line."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("decoder")
+    SubpixelDecoder(widths=(16, 8, 8), blocks=(1, 1, 1), convs=1).save_pretrained(folder)
+    return str(folder)

@@ -11,21 +11,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from fast_latent_decoders import SubpixelDecoder
 from fast_latent_decoders.cli import app
 from fast_latent_decoders.evaluation import bench, end_to_end, machine, memory, plot, timing
 from fast_latent_decoders.evaluation.bench import Options
 from fast_latent_decoders.evaluation.candidates import Candidate
 from fast_latent_decoders.evaluation.cases import Case, task_of
 from fast_latent_decoders.evaluation.tables import how, markdown, tables
-
-
-@pytest.fixture(scope="module")
-def decoder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("decoder")
-    SubpixelDecoder(widths=(16, 8, 8), blocks=(1, 1, 1), convs=1).save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture

@@ -18,14 +18,6 @@ from fast_latent_decoders.pictures import to_bytes
 
 
 @pytest.fixture(scope="module")
-def decoder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("decoder")
-    SubpixelDecoder(widths=(16, 8, 8), blocks=(1, 1, 1), convs=1).save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
 def sd_decoder(tmp_path_factory: pytest.TempPathFactory) -> str:
     torch.manual_seed(1)
     folder = tmp_path_factory.mktemp("sd")

@@ -17,6 +17,7 @@ import torch
 from card import make_card
 
 from fast_latent_decoders import FastDecoder
+from fast_latent_decoders.evaluation.machine import processor_name
 
 if TYPE_CHECKING:
     from config import Config
@@ -87,9 +88,7 @@ def machine() -> str:
     """What this process computes on: the accelerators, or the processor with its threads."""
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    return f"{model or platform.machine()}, {torch.get_num_threads()} threads"
+    return f"{processor_name()}, {torch.get_num_threads()} threads"
 
 
 def compare(mine: FastDecoder, folder: Path) -> None:

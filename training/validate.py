@@ -12,8 +12,10 @@ from PIL import Image
 from skimage.metrics import structural_similarity
 from torch import Tensor
 
+from fast_latent_decoders.evaluation import colour
 from fast_latent_decoders.evaluation.encoders import FrozenEncoder
 from fast_latent_decoders.evaluation.reading import Sample
+from fast_latent_decoders.evaluation.run import to_bytes
 from fast_latent_decoders.sheet import Compared, draw_sheet
 
 Decode = Callable[[Tensor, int], Tensor]  # scaled latents (N, C, h, w) and frames of a clip to pictures (N, 3, 8h, 8w) in [-1, 1]
@@ -25,11 +27,6 @@ def latents_of(encoder: FrozenEncoder, samples: list[Sample]) -> Iterator[tuple[
         height, width = (n // 8 * 8 for n in sample.frames.shape[2:])
         x = sample.frames[..., :height, :width].float() / 127.5 - 1
         yield x, encoder.encode(x), encoder.table_at(x)
-
-
-def to_bytes(y: Tensor) -> Tensor:
-    """[-1, 1] to correctly rounded 0..255."""
-    return (y.float().clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8)
 
 
 def measure_picture(y: Tensor, x: Tensor, stlpips: ShiftTolerantLPIPS, thorough: bool = True) -> dict[str, float]:
@@ -70,18 +67,11 @@ def ssimulacra2(picture: np.ndarray, truth: np.ndarray) -> float:
 
 
 def flat_colours(decode: Decode, encoder: FrozenEncoder, every: int = 1) -> dict[str, float]:
-    """Real latents of flat colours, 32x32 each, the centre 128 px: PSNR of the pooled error in dB, the worst colour in 1/255."""
+    """Figures of real latents of flat colours (see colour.flat_colours) by the names of the log; none where there are no such latents."""
     if encoder.colours is None:
         return {}
-    colours, flat = (encoder.colours[key][::every] for key in ("srgb", "latent"))
-    decoded = torch.cat([decode(part, 1)[..., 64:-64, 64:-64].float() for part in flat[:, :, None, None].expand(-1, -1, 32, 32).split(8)])
-    error = (decoded.clamp(-1, 1) + 1) / 2 - colours[:, :, None, None]
-    worst = error.mean(dim=(2, 3)).abs().amax(1) * 255
-    return {
-        "flat_psnr": -10 * error.square().mean().log10().item(),
-        "flat_p95": worst.quantile(0.95).item(),
-        "flat_worst": worst.max().item(),
-    }
+    found = colour.flat_colours(decode, encoder, every)
+    return {"flat_psnr": found.psnr, "flat_p95": found.p95, "flat_worst": found.worst}
 
 
 @torch.no_grad()

@@ -1,12 +1,12 @@
 """Colours of real latents: no stand-in encoder is between the truth and what is measured (DESIGN 5)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 
 from .decoders import Candidate
 from .encoders import FrozenEncoder
@@ -26,14 +26,14 @@ class Colours:
     decoded: Tensor  # (N, 3), means over the centre
 
 
-def flat_colours(candidate: Candidate, encoder: FrozenEncoder, every: int = 1) -> Colours:
+def flat_colours(decode: Callable[[Tensor, int], Tensor], encoder: FrozenEncoder, every: int = 1) -> Colours:
     """Each `every`-th of the real latents of flat colours, constant over 32x32, decoded one batch at a time; the centre 128 px count."""
     assert encoder.colours is not None, "expected latents of flat colours"
     asked, latents = (encoder.colours[key][::every] for key in ("srgb", "latent"))
     edge = (8 * SIDE - CENTRE) // 2
     squares, means = 0.0, []
     for colours, z in zip(asked.split(8), latents.split(8), strict=True):
-        y = candidate.decode(z[:, :, None, None].expand(-1, -1, SIDE, SIDE), 1)[..., edge:-edge, edge:-edge]
+        y = decode(z[:, :, None, None].expand(-1, -1, SIDE, SIDE), 1)[..., edge:-edge, edge:-edge].float()
         y = (y.clamp(-1, 1) + 1) / 2
         squares += (y - colours[:, :, None, None]).double().square().mean(dim=(1, 2, 3)).sum().item()
         means.append(y.mean(dim=(2, 3)))
@@ -67,16 +67,3 @@ def draw_swatches(colours: Colours, count: int = 256, side: int = 24) -> Image.I
         for row, colour in enumerate((colours.asked[i], colours.decoded[i])):
             sheet[top + row * side : top + (row + 1) * side, left : left + side] = (colour * 255).round().numpy()
     return Image.fromarray(sheet)
-
-
-def structure(picture: Tensor) -> Tensor:
-    """Mean-removed, blurred luma of pictures (N, 3, H, W) in [-1, 1]: where things are, whatever their colour (DESIGN 5)."""
-    weights = torch.tensor([0.299, 0.587, 0.114])[:, None, None]
-    luma = F.avg_pool2d((picture * weights).sum(1, keepdim=True), 4)
-    return luma - luma.mean(dim=(1, 2, 3), keepdim=True)
-
-
-def agreement(candidate: Candidate, original: Candidate, z: Tensor) -> float:
-    """Correlation of the structure of two decoders' pictures of the same scaled latents; 1 is the same structure."""
-    a, b = (structure(decoder.decode(z, 1).clamp(-1, 1)).flatten() for decoder in (candidate, original))
-    return (a @ b / (a.norm() * b.norm()).clamp_min(1e-12)).item()

@@ -6,6 +6,7 @@ so a share of a colour table is added; and real flat colours are known, so their
 """
 
 import hashlib
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -46,7 +47,7 @@ class StandIn:
     noise: float = 0.0  # largest standard deviation of the noise on latents, drawn per sample
 
 
-class FrozenEncoder:
+class FrozenEncoder(ABC):
     """Pictures (N, 3, H, W) in [-1, 1] to scaled latents (N, C, H/8, W/8); what goes in and comes out stays in main memory."""
 
     network: Any  # a tiny encoder, or a VAE without its decoder
@@ -72,9 +73,9 @@ class FrozenEncoder:
         self.network.to(device)
         return self
 
+    @abstractmethod
     def latents(self, pictures: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """As `encode`, on this device and differentiable, which the re-encoding loss needs."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def encode(self, pictures: Tensor, generator: torch.Generator | None = None) -> Tensor:
