@@ -30,12 +30,12 @@ class Compared:
         return said if ssim is None else f"{said} / {ssim:.3f}"
 
 
-def draw_sheet(decoders: Sequence[str], inputs: Sequence[Compared]) -> Image.Image:
-    """Inputs across; down, first the sources, then a row for each decoder, with its name and its figures."""
+def draw_sheet(decoders: Sequence[str], inputs: Sequence[Compared], source: str = "source") -> Image.Image:
+    """Inputs across; down, first the sources under the name `source`, then a row for each decoder, with its name and its figures."""
     column, line = 2 * BOX + 2 * GAP, BOX + LINE + GAP
     sheet = Image.new("RGB", (LABEL + len(inputs) * (column + GAP) + GAP, LINE + GAP + (len(decoders) + 1) * line), PAPER)
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
-    for j, label in enumerate(["source", *decoders]):
+    for j, label in enumerate([source, *decoders]):
         pen.text((GAP, LINE + GAP + j * line), shorten(label, LABEL - GAP, font), INK, font)
     for i, row in enumerate(inputs):
         x = LABEL + i * (column + GAP)

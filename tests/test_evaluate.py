@@ -20,7 +20,9 @@ from fast_latent_decoders.cli import app
 from fast_latent_decoders.evaluation import colour, report
 from fast_latent_decoders.evaluation.decoders import colour_fit, colour_sums, load_candidate, recoloured
 from fast_latent_decoders.evaluation.encoders import Encoder, StandIn, load_encoder
+from fast_latent_decoders.evaluation.reading import read_picture
 from fast_latent_decoders.evaluation.run import prepare, slug, to_bytes
+from fast_latent_decoders.files import write_latents
 
 CHEAP = ["--metric", "psnr", "--metric", "tint_r", "--features", "alexnet-st"]
 
@@ -140,6 +142,11 @@ def test_broken_and_odd_pictures(tmp_path: Path, decoder: str, pictures: Path) -
         (["{pictures}", "--decoder", "taesdxl", "--baseline", "taesd"], "is none of the decoders"),
         (["{pictures}", "--decoder", "taesdxl", "--encoder", "{pictures}"], "no VAE that diffusers can load"),
         (["{empty}"], "holds no pictures"),
+        (["{pictures}", "--agreement"], "holds no latents"),
+        (["{pictures}", "--agreement", "--decoder", "taesdxl"], "give at least two"),
+        (["{pictures}", "--latents", "{empty}/none"], "there is no such folder"),
+        (["{pictures}", "--latents", "{empty}", "--encoder", "{pictures}"], "nothing is encoded"),
+        (["{pictures}", "--latents", "{empty}", "--agreement"], "give one of them"),
     ],
 )
 def test_wrong_calls_are_sentences(arguments: list[str], message: str, tmp_path: Path, pictures: Path) -> None:
@@ -257,6 +264,41 @@ def test_clips(tmp_path: Path, decoder: str) -> None:
     with av.open(str(film)) as container:
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     assert len(frames) == 4
+
+
+def test_ready_latents_take_the_encoders_place(tmp_path: Path, decoder: str, pictures: Path) -> None:
+    (tmp_path / "latents").mkdir()
+    eyes = load_encoder(Encoder(), StandIn(), FastDecoder.from_pretrained("taesdxl"))
+    for path in sorted(pictures.iterdir())[:2]:  # the third one has none
+        z = eyes.encode(prepare(read_picture(path.open("rb")), None).float() / 127.5 - 1)
+        write_latents(tmp_path / "latents" / f"{path.stem}.safetensors", z, "sdxl", "scaled")
+    shared = ["--decoder", decoder, "--decoder", "taesdxl", *CHEAP]
+    encoded = fld(pictures, *shared, "--size", 0, "--out", tmp_path / "encoded")
+    ready = fld(pictures, *shared, "--latents", tmp_path / "latents", "--out", tmp_path / "ready")
+    assert (encoded.exit_code, ready.exit_code) == (0, 1), ready.output
+    assert "holds no latents 2" in ready.output
+    wanted = {(row["key"], row["decoder"]): row["psnr"] for row in rows_of(tmp_path / "encoded") if not row["key"].endswith("2.png")}
+    assert {(row["key"], row["decoder"]): row["psnr"] for row in rows_of(tmp_path / "ready")} == wanted
+    write_latents(tmp_path / "latents" / "2.safetensors", torch.zeros(4, 3, 3), "sdxl", "scaled")
+    again = fld(pictures, *shared, "--latents", tmp_path / "latents", "--out", tmp_path / "again")
+    assert "do not belong together" in again.output
+
+
+def test_latents_without_a_truth_are_compared_with_a_decoder(tmp_path: Path, decoder: str) -> None:
+    (tmp_path / "latents").mkdir()
+    z = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    write_latents(tmp_path / "latents" / "three.safetensors", z, "sdxl", "scaled")
+    np.save(tmp_path / "latents" / "broken.npy", np.zeros(3, np.float32))
+    out = tmp_path / "out"
+    done = fld(tmp_path / "latents", "--agreement", "--decoder", decoder, "--decoder", "taesdxl", "--out", out, *CHEAP)
+    assert done.exit_code == 1 and "broken.npy" in done.output
+    results = json.loads((out / "report.json").read_text())
+    assert list(results["figures"]["0"]) == [decoder] and results["reference"] == "taesdxl"
+    mine, theirs = (to_bytes(load_candidate(name, "cpu").decode(z, 1)) for name in (decoder, "taesdxl"))
+    wanted = [peak_signal_noise_ratio(b.numpy(), a.numpy()) for a, b in zip(mine, theirs, strict=True)]
+    assert results["figures"]["0"][decoder]["psnr"]["mean"] == pytest.approx(np.mean(wanted), abs=1e-4)
+    assert "agreement_psnr" in results["figures"]["0"][decoder]
+    assert "none of quality" in (out / "report.md").read_text()
 
 
 def test_a_value_that_is_missing_is_a_gap() -> None:

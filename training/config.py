@@ -120,6 +120,8 @@ class Config:
             raise ValueError(f"stages must begin at start 0 and follow each other, got {starts}")
         if bad := [stage.crop for stage in self.stages if stage.crop % 8 or stage.crop < 16]:
             raise ValueError(f"crops must be multiples of 8 px, at least 16; got {bad}")
+        if latents := [source.path for source in (*self.data, *self.val) if source.kind.startswith("latent")]:
+            raise ValueError(f"{latents[0]} is of latents: a decoder is trained and measured on pictures or clips")
         if self.gan.normalised and self.gan.adaptive:
             raise ValueError("gan.normalised sets the gradient's length itself: give gan.adaptive=false with it")
         if self.init and self.warm_start:

@@ -10,7 +10,7 @@ A crop is a function of its seed and its number alone: not of the processes that
 import logging
 from collections.abc import Sequence
 from functools import cache
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 
 from fast_latent_decoders.atomic import reason
 from fast_latent_decoders.evaluation.reading import Sample, TooSmall, read
-from fast_latent_decoders.evaluation.samples import Pool, Source, index
+from fast_latent_decoders.evaluation.samples import Kind, Pool, Source, index
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class Sources:
     """
 
     def __init__(
-        self, sources: Sequence[Source], kind: Literal["pictures", "clips"], seed: int = 0, per_part: int = 1024
+        self, sources: Sequence[Source], kind: Kind, seed: int = 0, per_part: int = 1024
     ) -> None:
         chosen = [source for source in sources if source.kind == kind and source.weight > 0]
         if not chosen:

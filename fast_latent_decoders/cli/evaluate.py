@@ -15,7 +15,7 @@ PICTURES = ["psnr", "ssim", "ms_ssim", "lpips_vgg", "stlpips", "ssimulacra2", "t
 
 
 def evaluate(
-    data: Annotated[list[str], typer.Argument(help="Folders, or patterns of WebDataset shards: 'val/*.tar'.")],
+    data: Annotated[list[str], typer.Argument(help="Folders, or patterns of WebDataset shards: 'val/*.tar'; with --agreement, of latents.")],
     decoder: Annotated[list[str], typer.Option(help="A preset, folder or Hub id, of ours or a diffusers VAE; several times.")] = [  # noqa: B006
         "subpixel-sdxl",
         "taesdxl",
@@ -30,6 +30,11 @@ def evaluate(
     subfolder: Annotated[str | None, typer.Option(help="Of the encoder's folder or Hub repository.")] = None,
     posterior: Annotated[Literal["mode", "sample"], typer.Option(help="Of a VAE's encoder.")] = "mode",
     seed: Annotated[int, typer.Option(help="Of the posterior's samples.")] = 0,
+    latents: Annotated[Path | None, typer.Option(help="Folder of ready latents, named like the pictures, in place of an encoder.")] = None,
+    agreement: Annotated[
+        bool, typer.Option("--agreement", help="The data are latents without a truth: compare with what the baseline makes of them.")
+    ] = False,
+    scaled: Annotated[bool, typer.Option("--scaled", help="Files of latents that do not tell their units are scaled ones.")] = False,
     colour_table: Annotated[Path | None, typer.Option(help="What the real encoder adds to the tiny one: 0, half and all of it.")] = None,
     colours: Annotated[Path | None, typer.Option(help="Real latents of flat colours: a colour report.")] = None,
     colours_every: Annotated[int, typer.Option(min=1, help="Take each such colour: all 6,181 are an hour on a laptop.")] = 8,
@@ -46,7 +51,7 @@ def evaluate(
     device: Annotated[DeviceName, typer.Option(help="Where to decode.")] = "auto",
     force: Annotated[bool, typer.Option("--force", help="Begin anew in a folder that holds another evaluation.")] = False,
 ) -> None:
-    """Measure decoders on pictures or clips: JSON, CSV, Markdown and a page with the figures and pictures.
+    """Measure decoders on pictures, clips or latents: JSON, CSV, Markdown and a page with the figures and pictures.
 
     Every sample is brought to one size first; that is what the encoder sees and what is compared with.
     """
@@ -60,7 +65,9 @@ def evaluate(
     from ..evaluation.decoders import load_candidate
     from ..evaluation.encoders import Encoder, StandIn, load_encoder
     from ..evaluation.machine import describe, versions
-    from ..evaluation.run import Settings, Store, about, measure, measure_recoloured
+    from ..evaluation.metrics import AGREEMENT
+    from ..evaluation.ready import ReadyLatents
+    from ..evaluation.run import Eyes, Settings, Store, about, measure, measure_recoloured
     from ..evaluation.samples import Source
     from ..evaluation.tools import open_tools
 
@@ -69,7 +76,22 @@ def evaluate(
     baseline = baseline or ("taesdxl" if "taesdxl" in decoder else decoder[-1])
     if baseline not in decoder:
         wrong_usage(f"--baseline {baseline} is none of the decoders: {', '.join(decoder)}")
-    kind: Literal["pictures", "clips"] = "clips" if clips else "pictures"
+    kinds: dict[tuple[bool, bool], Literal["pictures", "clips", "latents", "latent clips"]]
+    kinds = {(False, False): "pictures", (False, True): "clips", (True, False): "latents", (True, True): "latent clips"}
+    kind = kinds[agreement, clips]
+    if latents or agreement:
+        if idle := [name for name, value in {"encoder": encoder, "colour-table": colour_table, "colours": colours}.items() if value]:
+            wrong_usage(f"--{idle[0]}: the latents are given, nothing is encoded")
+        if latents and agreement:
+            wrong_usage("--latents has a truth to compare with, --agreement has none: give one of them")
+        if latents and not latents.is_dir():
+            wrong_usage(f"--latents {latents}: there is no such folder")
+        size = 0
+    if agreement:
+        metric = [*metric, *AGREEMENT]
+        if len(decoder) < 2:
+            wrong_usage("--agreement compares decoders with a baseline: give at least two")
+    drawn = "" if latents or agreement else posterior
     sources = [Source(path, kind, names=names, classes=classes or None) for path in data]
     shares = [0.0, 0.5, 1.0] if colour_table else [0.0]
     with Run("measuring", quiet=True) as run:
@@ -78,14 +100,21 @@ def evaluate(
             first = next((c.model for c in candidates if hasattr(c.model, "latent_space")), None)
             if first is None:
                 wrong_usage("at least one decoder must be of this package, so that the latents' convention is known")
+            reference = next(c for c in candidates if c.name == baseline) if agreement else None
+            if reference:
+                candidates.remove(reference)
+                decoder.remove(reference.name)
             stand_in = StandIn(colour_table=str(colour_table) if colour_table else None, colours=str(colours) if colours else None)
-            eyes = load_encoder(Encoder(encoder, subfolder, posterior), stand_in, first)
+            if latents or agreement:
+                eyes = Eyes(ReadyLatents(first.latent_space, latents, scaled=scaled), reference)
+            else:
+                eyes = Eyes(load_encoder(Encoder(encoder, subfolder, posterior), stand_in, first))
             tools, infos, titles, unavailable = open_tools(metric, features or (["videomae-v2", "i3d"] if clips else ["inception", "alexnet-st"]), clips, place)
             protocol = Settings(sources, size or None, samples, frames, shares, seed, list(infos), list(titles))
             todo = protocol.chosen
             if force and (out / "protocol.json").exists():  # only now that nothing is wrong with the call
                 shutil.rmtree(out)
-            store = Store(out, about(protocol, eyes, posterior, candidates), {name: network.d for name, network in tools.features.items()})
+            store = Store(out, about(protocol, eyes, drawn, candidates), {name: network.d for name, network in tools.features.items()})
         except (ValueError, OSError, ImportError) as error:
             wrong_usage(str(error))
         progress = measure(protocol, eyes, candidates, tools, store, baseline if colour_table else None)
@@ -100,6 +129,8 @@ def evaluate(
                 next(again, None)
         for key, why in store.failed.items():
             run.fail(key, why)
+        for key, why in getattr(eyes.encoder, "doubts", {}).items():
+            run.note(f"{key}: {why}")
         if not store.rows:
             wrong_usage(f"not one sample of {', '.join(data)} could be measured")
         about_machine = describe(place)
@@ -107,19 +138,20 @@ def evaluate(
             "title": f"{count(len(decoder), 'decoder')} on {', '.join(data)}",
             "date": datetime.now(UTC).strftime("%Y-%m-%d"),
             "machine": f"{about_machine['cpu']}, {about_machine['threads']} threads, torch {versions()['torch']}",
-            "protocol": about(protocol, eyes, posterior, candidates),
+            "protocol": about(protocol, eyes, drawn, candidates),
             "n": len({row["key"] for row in store.rows}),
-            "baseline": baseline,
+            "baseline": None if agreement else baseline,
+            "reference": baseline if agreement else None,
             "parameters": {candidate.name: candidate.parameters for candidate in candidates},
-            "figures": report.summarise(store, infos, shown, shares, baseline),
+            "figures": report.summarise(store, infos, shown, shares, None if agreement else baseline),
             "distances": report.distances(store, titles, decoder, shares),
             "colours": {},
             "failed": store.failed,
             "unavailable": unavailable,
         }
         pictures: dict[str, Image.Image] = {}
-        if eyes.colours is not None:
-            results["colours"], swatches = sheets.colour_report(protocol, eyes, candidates, colours_every)
+        if eyes.encoder.colours is not None:
+            results["colours"], swatches = sheets.colour_report(protocol, eyes.encoder, candidates, colours_every)
             pictures |= swatches
         pictures |= sheets.draw(protocol, eyes, candidates, store, infos, baseline)
         store.write_csv()

@@ -56,6 +56,7 @@ AGREEMENT = {
         MetricInfo("agreement_correlation", "agreement, correlation", "higher", digits=4),
     )
 }
+METRICS |= AGREEMENT
 
 
 @dataclass(frozen=True)
@@ -246,4 +247,5 @@ OPENERS: dict[str, Callable[[str], Measure]] = {
     "tint_b": lambda device: lambda a, b: tints(a, b)[2],
     "tint": lambda device: tint,
     "sharpness": lambda device: sharpness,
+    **{name: lambda device, name=name: lambda a, b: agreement(a[None], b[None])[name][0] for name in AGREEMENT},  # type: ignore[misc]
 }

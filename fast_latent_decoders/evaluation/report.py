@@ -134,10 +134,12 @@ def notes(results: Figures) -> list[str]:
         f"short side brought to {size} px (bicubic, antialiased), centre square" if size else "at their own size, cut to whole latents"
     ) + "; that tensor is the encoder's input and the reference, pictures are compared as 8-bit ones"
     encoder = protocol["encoder"]
+    if reference := results["reference"]:
+        how = f"latents without a truth: {reference}'s pictures of the same latents stand in its place, all figures tell of agreement with it, none of quality"
+    seed = f", seed {protocol['seed']}" if encoder["posterior"] == "sample" else ""
     told = [
         f"{results['n']} samples of {', '.join(source['path'] for source in protocol['sources'])}: {how}.",
-        f"Encoder: {encoder['name']} (weights {encoder['weights']}), {encoder['posterior']}"
-        + (f", seed {protocol['seed']}." if encoder["posterior"] == "sample" else "."),
+        f"Encoder: {encoder['name']} (weights {encoder['weights']}), {encoder['posterior']}{seed}." if encoder["posterior"] else f"Latents: {encoder['name']}.",
         f"{machine}, {results['date']}. Intervals: bootstrap over samples.",
     ]
     if results["failed"]:

@@ -25,6 +25,7 @@ from .decoders import Candidate, colour_fit, colour_sums, recoloured
 from .encoders import FrozenEncoder
 from .metrics import PictureMetric
 from .reading import read
+from .ready import ReadyLatents
 from .samples import Entry, Source, index
 
 
@@ -180,20 +181,58 @@ class Tools:
     features: dict[str, Network]
 
 
+@dataclass
+class Eyes:
+    """Where the truth and its latents come from.
+
+    Args:
+        encoder: makes the latents, or reads them.
+        reference: decoder whose pictures stand in the truth's place, where samples are nothing but latents.
+    """
+
+    encoder: FrozenEncoder | ReadyLatents
+    reference: Candidate | None = None
+
+    def look(self, protocol: Settings, source: Source, entry: Entry) -> tuple[Tensor, Tensor, Tensor | float]:
+        """The frames (T, 3, H, W) uint8 that are the truth, their scaled latents, and what all of the colour table would add to those.
+
+        Raises:
+            ValueError: ready latents and their picture differ in size.
+            Exception: the sample is corrupt.
+        """
+        if self.reference:
+            assert isinstance(self.encoder, ReadyLatents)
+            z = self.encoder.read(entry)
+            return to_bytes(self.reference.decode(z, frames_of(source, z))), z, 0.0
+        x = prepare(read(source, entry, protocol.frames).frames, protocol.size)
+        if isinstance(self.encoder, ReadyLatents):
+            z = self.encoder.read(entry)
+            z = z[: len(x)] if source.kind == "clips" else z
+            if (len(x), *(n // 8 for n in x.shape[2:])) != (len(z), *z.shape[2:]):
+                raise ValueError(f"its latents {tuple(z.shape)} and its frames {tuple(x.shape)} do not belong together")
+            return x, z, 0.0
+        seed = int.from_bytes(hashlib.sha256(f"{protocol.seed} {entry.key}".encode()).digest()[:8], "big") >> 1
+        z = self.encoder.encode(to_floats(x), torch.Generator().manual_seed(seed))
+        return x, z, self.encoder.table_at(to_floats(x))
+
+
+def frames_of(source: Source, z: Tensor) -> int:
+    """Frames that are decoded as one clip: latents are one clip or single pictures."""
+    return len(z) if source.kind.endswith("clips") else 1
+
+
 def decode_sample(
-    protocol: Settings, encoder: FrozenEncoder, candidates: Sequence[Candidate], source: Source, entry: Entry
+    protocol: Settings, eyes: Eyes, candidates: Sequence[Candidate], source: Source, entry: Entry
 ) -> tuple[Tensor, Iterator[tuple[Candidate, float, Tensor]]]:
-    """The prepared frames (T, 3, H, W) uint8, and what each decoder makes of them at each share, in [-1, 1]."""
-    x = prepare(read(source, entry, protocol.frames).frames, protocol.size)
-    seed = int.from_bytes(hashlib.sha256(f"{protocol.seed} {entry.key}".encode()).digest()[:8], "big") >> 1
-    z = encoder.encode(to_floats(x), torch.Generator().manual_seed(seed))
-    table = encoder.table_at(to_floats(x))
-    return x, ((candidate, share, candidate.decode(z + share * table, len(x))) for share in protocol.shares for candidate in candidates)
+    """The truth (T, 3, H, W) uint8, and what each decoder makes of its latents at each share of the colour table, in [-1, 1]."""
+    x, z, table = eyes.look(protocol, source, entry)
+    frames = frames_of(source, z)
+    return x, ((candidate, share, candidate.decode(z + share * table, frames)) for share in protocol.shares for candidate in candidates)
 
 
 def measure(
     protocol: Settings,
-    encoder: FrozenEncoder,
+    eyes: Eyes,
     candidates: Sequence[Candidate],
     tools: Tools,
     store: Store,
@@ -210,7 +249,7 @@ def measure(
         if entry.key in store.done:
             continue
         try:
-            x, decoded = decode_sample(protocol, encoder, candidates, source, entry)
+            x, decoded = decode_sample(protocol, eyes, candidates, source, entry)
         except Exception as error:  # noqa: BLE001 (whatever a reader raises on broken bytes)
             store.add({"key": entry.key, "error": reason(error)}, {})
             yield entry.key
@@ -232,22 +271,23 @@ def measure(
         yield entry.key
 
 
-def measure_recoloured(protocol: Settings, encoder: FrozenEncoder, candidate: Candidate, tools: Tools, store: Store) -> Iterator[str]:
+def measure_recoloured(protocol: Settings, eyes: Eyes, candidate: Candidate, tools: Tools, store: Store) -> Iterator[str]:
     """Measures the fitted decoder once more, at each share with its best affine change of colour; its rows join the store's."""
     for share in protocol.shares:
         matrix = colour_fit(store.fits[f"{share:g}"])
         changed = recoloured(candidate, matrix)
         one = replace(protocol, shares=[share], features=[])
-        told = {**about(one, encoder, "", [changed]), "matrix": matrix.tolist()}
+        told = {**about(one, eyes, "", [changed]), "matrix": matrix.tolist()}
         own = Store(store.folder / f"{slug(changed.name, share)}", told, {})
-        yield from measure(one, encoder, [changed], replace(tools, features={}), own)
+        yield from measure(one, eyes, [changed], replace(tools, features={}), own)
         store.rows += own.rows
 
 
-def about(protocol: Settings, encoder: FrozenEncoder, posterior: str, candidates: Sequence[Candidate]) -> dict[str, Any]:
+def about(protocol: Settings, eyes: Eyes, posterior: str, candidates: Sequence[Candidate]) -> dict[str, Any]:
     """All that the figures depend on."""
     return {
         **asdict(protocol),
-        "encoder": {"name": encoder.name, "weights": encoder.hash, "posterior": posterior},
+        "encoder": {"name": eyes.encoder.name, "weights": eyes.encoder.hash, "posterior": posterior},
+        **({"reference": {eyes.reference.name: eyes.reference.hash}} if eyes.reference else {}),
         "decoders": {candidate.name: candidate.hash for candidate in candidates},
     }

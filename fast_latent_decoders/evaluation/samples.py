@@ -23,9 +23,18 @@ from typing import Any, BinaryIO, ClassVar, Literal, NamedTuple
 
 import numpy as np
 
+from ..files import READERS
+
 log = logging.getLogger(__name__)
 
-SUFFIXES = {"pictures": ("jpg", "jpeg", "png", "webp"), "clips": ("mp4", "avi", "webm", "mov")}
+Kind = Literal["pictures", "clips", "latents", "latent clips"]
+LATENTS = tuple(suffix[1:] for suffix in READERS)
+SUFFIXES = {
+    "pictures": ("jpg", "jpeg", "png", "webp"),
+    "clips": ("mp4", "avi", "webm", "mov"),
+    "latents": LATENTS,  # to be evaluated where there is no truth; nothing is trained on them
+    "latent clips": LATENTS,
+}
 
 
 @dataclass(frozen=True)
@@ -35,7 +44,7 @@ class Source:
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}  # a training configuration checks its keys
 
     path: str  # pattern of .tar shards (WebDataset, img2dataset), a folder, or, for training, hf:OWNER/NAME[:SPLIT], streamed
-    kind: Literal["pictures", "clips"] = "pictures"
+    kind: Kind = "pictures"
     weight: float = 1.0  # how often it is drawn from, beside the others of its kind
     min_size: int = 0  # short side in px
     aesthetic: tuple[float, float] | None = None  # scores to keep, both ends included

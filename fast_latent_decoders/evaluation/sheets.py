@@ -16,7 +16,7 @@ from .decoders import Candidate
 from .encoders import FrozenEncoder
 from .info import MetricInfo
 from .reading import read
-from .run import Settings, Store, decode_sample, prepare, to_bytes, to_floats
+from .run import Eyes, Settings, Store, decode_sample, prepare, to_bytes, to_floats
 
 SHOWN = 6  # samples of the contact sheet
 WORST = 5
@@ -33,7 +33,7 @@ def as_array(frames: Tensor) -> np.ndarray:
 
 def draw(
     protocol: Settings,
-    encoder: FrozenEncoder,
+    eyes: Eyes,
     candidates: Sequence[Candidate],
     store: Store,
     infos: Mapping[str, MetricInfo],
@@ -41,13 +41,14 @@ def draw(
 ) -> dict[str, Image.Image]:
     """Title -> picture, at the middle share of the colour table."""
     share = protocol.shares[len(protocol.shares) // 2]
+    truth = eyes.reference.name if eyes.reference else "source"
     entries = {entry.key: (source, entry) for source, entry in protocol.chosen}
     by = next((m for m in ("stlpips", "psnr") if m in infos), next(iter(infos), None))
 
     def compared(keys: Sequence[str], shown: Sequence[Candidate], maps: bool) -> list[Compared]:
         found = []
         for key in keys:
-            x, decoded = decode_sample(protocol, encoder, shown, *entries[key])
+            x, decoded = decode_sample(protocol, eyes, shown, *entries[key])
             pictures: dict[str, np.ndarray] = {}
             for candidate, at, y in decoded:
                 if at == share:
@@ -63,7 +64,7 @@ def draw(
     done = [key for key in entries if any(row["key"] == key for row in store.rows)]
     spread = [done[int((i + 0.5) * len(done) / min(SHOWN, len(done)))] for i in range(min(SHOWN, len(done)))]
     rows = compared(spread, candidates, maps=True)
-    sheets = {"Contact sheet": draw_sheet(list(rows[0].decoded), rows)}
+    sheets = {"Contact sheet": draw_sheet(list(rows[0].decoded), rows, truth)}
     if by is not None:
         for candidate in candidates:
             values = {r["key"]: r.get(by) for r in store.rows if (r["decoder"], r["share"]) == (candidate.name, share)}
@@ -71,23 +72,23 @@ def draw(
             worst = sorted(known, key=lambda key: infos[by].badness(known[key]), reverse=True)[:WORST]
             shown = list({c.name: c for c in (candidate, *(c for c in candidates if c.name == baseline))}.values())
             if worst:
-                sheets[f"Worst of {candidate.name}, by {infos[by].title}"] = draw_sheet([c.name for c in shown], compared(worst, shown, maps=False))
-    if protocol.sources[0].kind == "clips":
+                sheets[f"Worst of {candidate.name}, by {infos[by].title}"] = draw_sheet([c.name for c in shown], compared(worst, shown, maps=False), truth)
+    if protocol.sources[0].kind.endswith("clips"):
         for key in spread[:2]:
-            sheets[f"Frames of {key.split('/')[-1]}"] = draw_strip(clip_rows(protocol, encoder, candidates, entries[key], share))
+            sheets[f"Frames of {key.split('/')[-1]}"] = draw_strip(clip_rows(protocol, eyes, candidates, entries[key], share))
     return sheets
 
 
-def clip_rows(protocol: Settings, encoder: FrozenEncoder, candidates: Sequence[Candidate], entry: Any, share: float) -> dict[str, np.ndarray]:
+def clip_rows(protocol: Settings, eyes: Eyes, candidates: Sequence[Candidate], entry: Any, share: float) -> dict[str, np.ndarray]:
     """"truth" and each decoder's frames, (T, H, W, 3) uint8."""
-    x, decoded = decode_sample(protocol, encoder, candidates, *entry)
-    return {"truth": as_array(x)} | {candidate.name: as_array(to_bytes(y)) for candidate, at, y in decoded if at == share}
+    x, decoded = decode_sample(protocol, eyes, candidates, *entry)
+    return {eyes.reference.name if eyes.reference else "truth": as_array(x)} | {candidate.name: as_array(to_bytes(y)) for candidate, at, y in decoded if at == share}
 
 
-def first_clip(protocol: Settings, encoder: FrozenEncoder, candidates: Sequence[Candidate], store: Store) -> dict[str, np.ndarray]:
+def first_clip(protocol: Settings, eyes: Eyes, candidates: Sequence[Candidate], store: Store) -> dict[str, np.ndarray]:
     """Of the first clip that was measured, "truth" and each decoder's frames, at the middle share."""
     entry = next(pair for pair in protocol.chosen if any(row["key"] == pair[1].key for row in store.rows))
-    return clip_rows(protocol, encoder, candidates, entry, protocol.shares[len(protocol.shares) // 2])
+    return clip_rows(protocol, eyes, candidates, entry, protocol.shares[len(protocol.shares) // 2])
 
 
 def figures_of(store: Store, key: str, decoder: str, share: float) -> dict[str, float | None]:
