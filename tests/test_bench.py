@@ -258,14 +258,14 @@ def test_nothing_beats_the_pareto_front() -> None:
 
 def test_the_plot(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    card = tmp_path / "results.json"
-    card.write_text(json.dumps({"decoders": {"a": {"a=0.5": {"psnr": 24.0, "stlpips": 0.08}}, "b": {"a=0.5": {"psnr": 23.0}}}}))
+    card = tmp_path / "quality.json"
+    card.write_text(json.dumps({"figures": {"0": {}, "0.5": {"a": {"psnr": {"mean": 24.0}, "stlpips": {"mean": 0.08}}, "b": {"psnr": {"mean": 23.0}}}, "1": {}}}))
     quality = plot.read_quality([card])
     assert quality == {"a": {"psnr": 24.0, "stlpips": 0.08}, "b": {"psnr": 23.0}}
     content = plot.draw(made_up(row("a", 5.0), row("a", 4.0, dtype="bfloat16"), row("b", 9.0), row("c", 7.0)), quality, ".svg")
     assert b"<svg" in content
     card.write_text("[]")
-    with pytest.raises(ValueError, match=r"is not a results\.json"):
+    with pytest.raises(ValueError, match=r"is not a report\.json"):
         plot.read_quality([card])
 
 

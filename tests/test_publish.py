@@ -215,13 +215,13 @@ def cards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_publishing_and_replacing(tmp_path: Path, cards: Path, capsys: pytest.CaptureFixture[str]) -> None:
     place = export(tmp_path / "run")
-    (place / "results.json").write_text("{}")
+    (place / "quality.json").write_text("{}")
     (place / "notes.txt").write_text("not for the Hub")
     assert call("publish", tmp_path / "run", "subpixel-sdxl") == 0
     told = capsys.readouterr().out
     assert "MB" in told and "Preset(" in told  # presets.py has another shape
     found = cards / "subpixel-sdxl"
-    assert sorted(p.name for p in found.iterdir()) == ["README.md", "config.json", WEIGHTS, "results.json", "run.json"]
+    assert sorted(p.name for p in found.iterdir()) == ["README.md", "config.json", WEIGHTS, "quality.json", "run.json"]
     text = (found / "README.md").read_text()
     assert "# subpixel-sdxl\n" in text and 'from_pretrained("subpixel-sdxl"' in text and str(tmp_path) not in text
     assert (found / WEIGHTS).read_bytes() == (place / WEIGHTS).read_bytes()
@@ -232,7 +232,7 @@ def test_publishing_and_replacing(tmp_path: Path, cards: Path, capsys: pytest.Ca
     assert (found / WEIGHTS).read_bytes() == (place / WEIGHTS).read_bytes()
     assert call("publish", again, "subpixel-sdxl", "--force") == 0
     assert (found / WEIGHTS).read_bytes() == (again / WEIGHTS).read_bytes()
-    assert not (found / "results.json").exists()  # they were the other weights'
+    assert not (found / "quality.json").exists()  # they were the other weights'
     assert [p.name for p in cards.iterdir()] == ["subpixel-sdxl"]
 
 

@@ -13,7 +13,7 @@ from fast_latent_decoders.presets import HUB_ORG, PRESETS, Preset, locate
 if TYPE_CHECKING:
     from config import Config, Source, Stage, StandIn
 
-RESULTS = "<!-- results -->\n<!-- end of results -->"  # evaluate.py --write fills what is between them
+RESULTS = "<!-- results -->\n<!-- end of results -->"  # results.py fills what is between them
 OURS = "apache-2.0"
 SPACES = {"sdxl": "SDXL", "sd": "SD 1.x, SD 2.x and Stable Video Diffusion"}
 TINY = {"sdxl": "TAESDXL's encoder (MIT, Ollin Boer Bohan)", "sd": "TAESD's encoder (MIT, Ollin Boer Bohan)"}

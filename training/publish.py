@@ -25,7 +25,7 @@ from fast_latent_decoders import FastDecoder, presets
 CARDS = Path(__file__).parent.parent / "hub_cards"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 NEEDED = ("README.md", "config.json", WEIGHTS, "run.json")
-KEPT = (*NEEDED, "results.json")
+KEPT = (*NEEDED, "quality.json", "speed.json")
 SHORTEST = 1000  # steps; what is shorter was a trial
 
 
@@ -85,8 +85,8 @@ def check_run(export: Path, run: dict[str, Any]) -> None:
             raise RefusedError(f"{export} is of a debug run ({name}): publish a run under another name")
     if (steps := run.get("steps", 0)) < SHORTEST:
         raise RefusedError(f"{export} was trained for {steps} steps, a preset needs at least {SHORTEST:,}")
-    if not run.get("val") and not (export / "results.json").is_file():
-        raise RefusedError(f"{export} was never evaluated: run.json has no val, and there is no results.json from evaluate.py")
+    if not run.get("val") and not (export / "quality.json").is_file():
+        raise RefusedError(f"{export} was never evaluated: run.json has no val, and there is no quality.json")
     if (licence := header_of((export / "README.md").read_text()).get("license", "unknown")) == "unknown":
         raise RefusedError(
             f"the licence in the card of {export} is {licence}: find that of its initial weights and write it there"
@@ -182,8 +182,8 @@ def main() -> None:
     print(f"{arguments.folder} is now {target}: {', '.join(sorted(p.name for p in target.iterdir()))}, {size / 1e6:.1f} MB")
     if line := preset_line(arguments.preset):
         print(f"presets.py needs this line: {line}")
-    if not (target / "results.json").exists():
-        print(f"measure it next: python training/evaluate.py CONFIG {arguments.preset} BASELINE --write")
+    if not (target / "quality.json").exists():
+        print("measure it next with fld evaluate and fld bench, and let training/results.py write the tables")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,6 @@
 """Quality of a decoder on held-out pictures, by the conventions of DESIGN 5."""
 
-import tempfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -29,10 +27,10 @@ def latents_of(encoder: FrozenEncoder, samples: list[Sample]) -> Iterator[tuple[
         yield x, encoder.encode(x), encoder.table_at(x)
 
 
-def measure_picture(y: Tensor, x: Tensor, stlpips: ShiftTolerantLPIPS, thorough: bool = True) -> dict[str, float]:
+def measure_picture(y: Tensor, x: Tensor, stlpips: ShiftTolerantLPIPS) -> dict[str, float]:
     """A decoded picture or clip (T, 3, H, W) against the truth, both rounded to bytes: what a saved picture has; means over frames.
 
-    PSNR in dB; signed tint per channel and its size in 1/255; ST-LPIPS; SSIM; and if `thorough` SSIMULACRA2, which is slow.
+    PSNR in dB; signed tint per channel and its size in 1/255; ST-LPIPS; SSIM. `fld evaluate` has more, and intervals.
     """
     device = next(stlpips.parameters()).device
     a, b = to_bytes(y), to_bytes(x)
@@ -50,20 +48,7 @@ def measure_picture(y: Tensor, x: Tensor, stlpips: ShiftTolerantLPIPS, thorough:
     }
     if len(a) > 1:
         found["temporal"] = temporal(a.float(), b.float(), len(a)).item()  # L_TAE in 1/255
-    if thorough:
-        found["ssimulacra2"] = float(np.mean([ssimulacra2(mine, true) for mine, true in pairs]))
     return found
-
-
-def ssimulacra2(picture: np.ndarray, truth: np.ndarray) -> float:
-    """SSIMULACRA2 of two (H, W, 3) uint8 pictures; the package reads files."""
-    from ssimulacra2 import compute_ssimulacra2
-
-    with tempfile.TemporaryDirectory() as folder:
-        paths = [str(Path(folder) / name) for name in ("truth.png", "picture.png")]
-        for path, pixels in zip(paths, (truth, picture), strict=True):
-            Image.fromarray(pixels).save(path, compress_level=0)
-        return float(compute_ssimulacra2(*paths))
 
 
 def flat_colours(decode: Decode, encoder: FrozenEncoder, every: int = 1) -> dict[str, float]:
@@ -87,7 +72,7 @@ def measure(
     rows = []
     for sample, (x, z, table) in zip(samples, latents_of(encoder, samples), strict=True):
         y = decode(z + share * table, len(x))
-        rows.append(measure_picture(y, x, stlpips, thorough=False))
+        rows.append(measure_picture(y, x, stlpips))
         if detector and (mask := detector.mask(to_bytes(x), sample.boxes)).any():
             error = (to_bytes(y).float() - to_bytes(x).float()).square().mean(1, keepdim=True)[mask].mean()
             rows[-1]["psnr_faces"] = (10 * torch.log10(255**2 / error.clamp_min(1e-6))).item()

@@ -77,7 +77,7 @@ def bench(
     ] = None,
     quality: Annotated[
         list[Path] | None,
-        typer.Option(metavar="FILE", help="results.json of model cards, for --plot; by default that of subpixel-sdxl.", show_default=False),
+        typer.Option(metavar="FILE", help="report.json of fld evaluate, for --plot; by default that of subpixel-sdxl's card.", show_default=False),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace files that are already there.")] = False,
 ) -> None:
@@ -172,7 +172,7 @@ def quality_figures(files: list[Path] | None) -> dict[str, dict[str, float]]:
     from ..presets import DEFAULT, folder
 
     try:
-        found = files or [folder(DEFAULT) / "results.json"]
+        found = files or [folder(DEFAULT) / "quality.json"]
         return read_quality(found if files else [file for file in found if file.exists()])
     except (OSError, ValueError) as error:
         wrong_usage(f"--quality: {error}")

@@ -53,7 +53,7 @@ AGREEMENT = {
     for info in (
         MetricInfo("agreement_mae", "agreement, mean difference", "lower", "1/255"),
         MetricInfo("agreement_psnr", "agreement, PSNR", "higher", "dB"),
-        MetricInfo("agreement_correlation", "agreement, correlation", "higher", digits=4),
+        MetricInfo("agreement_correlation", "agreement, correlation", "higher", digits=4, smallest=2),
     )
 }
 METRICS |= AGREEMENT

@@ -8,13 +8,12 @@ from typing import Any
 
 from .tables import how
 
-SHARE = "a=0.5"  # of the colour table, the middle of what results.json holds
 METRICS = {"psnr": "PSNR, dB", "ssimulacra2": "SSIMULACRA2", "stlpips": "ST-LPIPS (axis turned: up is better)"}
 LOWER_IS_BETTER = ("stlpips",)
 
 
 def read_quality(files: Iterable[Path]) -> dict[str, dict[str, float]]:
-    """Decoder -> metric -> value, from the results.json of model cards; later files win.
+    """Decoder -> metric -> mean at the middle share of the colour table, from report.json of `fld evaluate`; later files win.
 
     Raises:
         ValueError: a file is not of that layout; the message names it.
@@ -22,12 +21,13 @@ def read_quality(files: Iterable[Path]) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     for file in files:
         try:
-            decoders = json.loads(file.read_text())["decoders"]
-            found |= {name: {key: float(each[SHARE][key]) for key in METRICS if key in each[SHARE]} for name, each in decoders.items()}
+            shares = list(json.loads(file.read_text())["figures"].values())
+            for name, figures in shares[len(shares) // 2].items():
+                found[name] = {key: float(figures[key]["mean"]) for key in METRICS if key in figures}
         except OSError as error:
             raise ValueError(f"{file} cannot be read: {error.strerror}") from error
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{file} is not a results.json of training/evaluate.py") from error
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ValueError(f"{file} is not a report.json of fld evaluate") from error
     return found
 
 

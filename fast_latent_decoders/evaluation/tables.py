@@ -11,7 +11,7 @@ BYTES = "to bytes, then to the host"
 
 def tables(record: dict[str, Any], *, unsynchronised: bool = False) -> str:
     """All tables of a record of `bench.run`. `unsynchronised` shows beside each time when the call returned."""
-    parts = [_machine(record), _decoders(record)]
+    parts = [machine_lines(record), _decoders(record)]
     for key in dict.fromkeys(map(_group, record["rows"])):
         rows = [row for row in record["rows"] if _group(row) == key]
         parts += [f"**{_title(rows[0])}**", _times(rows, record, unsynchronised)]
@@ -58,7 +58,8 @@ def _title(row: dict[str, Any]) -> str:
     return f"{row['size']} x {row['size']}, {what}"
 
 
-def _machine(record: dict[str, Any]) -> str:
+def machine_lines(record: dict[str, Any]) -> str:
+    """Machine, versions, date, what it does at best, and whether it was busy."""
     about, idle, roof = record["machine"], record["idleness"], record["roofline"]
     device = about.get("gpu") or f"{about['cpu']}, {about['threads']} of {about['cores']} cores"
     special = [name for name in about["instructions"] if name in ("avx512_bf16", "amx_bf16")]

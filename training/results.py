@@ -1,0 +1,161 @@
+"""Measurements of a preset, kept beside its weights, and the tables made of them.
+
+    fld evaluate DATA --decoder subpixel-sdxl --decoder taesdxl --out evaluation ...
+    fld bench subpixel-sdxl taesdxl --size 512 --size 1024 --json bench.json
+    python training/results.py subpixel-sdxl --quality evaluation/report.json --speed bench.json
+
+copies both records to hub_cards/<preset>/ as quality.json and speed.json, and writes the tables between the marks in the card and,
+for the default preset, in README.md. Without options it only writes the tables anew; --check writes nothing and fails where one differs.
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from fast_latent_decoders.atomic import replacing
+from fast_latent_decoders.evaluation import report, tables
+from fast_latent_decoders.evaluation.metrics import METRICS
+from fast_latent_decoders.presets import DEFAULT
+
+ROOT = Path(__file__).parent.parent
+CARDS = ROOT / "hub_cards"
+BLOCK = re.compile(r"(?<=<!-- results -->\n).*?(?=<!-- end of results -->)", re.DOTALL)
+METRIC = ("psnr", "ssim", "ms_ssim", "ssimulacra2", "stlpips", "tint", "sharpness")  # columns, where they were measured
+Record = dict[str, Any]
+
+
+def quality_of(path: Path, preset: str) -> Record:
+    """A report of `fld evaluate` that measured the preset. Raises ValueError for another file."""
+    try:
+        record = json.loads(path.read_text())
+        known = preset in next(iter(record["figures"].values()))
+    except (OSError, ValueError, KeyError, AttributeError, StopIteration) as error:
+        raise ValueError(f"{path} is no report.json of fld evaluate ({error})") from None
+    if not known:
+        raise ValueError(f"{path} did not measure {preset}")
+    # Why a download failed is the affair of the machine that tried.
+    record["unavailable"] = {name: why.split(" (")[0] for name, why in record["unavailable"].items()}
+    return record
+
+
+def speed_of(path: Path, preset: str) -> Record:
+    """A record of `fld bench` that timed the preset. Raises ValueError for another file."""
+    try:
+        record = json.loads(path.read_text())
+        known = any(row["decoder"] == preset and row["reason"] is None for row in record["rows"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no record of fld bench ({error})") from None
+    if not known:
+        raise ValueError(f"{path} did not time {preset}")
+    return record
+
+
+def speed_table(record: Record) -> str:
+    """Sizes, and milliseconds at each resolution and in each format; who was fastest of several ways to run counts."""
+    dtypes, sizes = (list(dict.fromkeys(row[key] for row in record["rows"])) for key in ("dtype", "size"))
+    head = ["decoder", "parameters", "fp16 MB", "MAC/px"]
+    head += [f"{size} px, ms: {' / '.join(tables.SHORT[name] for name in dtypes)}" for size in sizes]
+    lines = []
+    for each in record["decoders"]:
+        line = [f"`{each['name']}`", f"{each['parameters'] / 1e6:.2f} M", f"{each['fp16_bytes'] / 1e6:.1f}", f"{each['mac_per_pixel'] / 1e3:,.0f} K"]
+        for size in sizes:
+            cells = []
+            for dtype in dtypes:
+                wanted = (each["name"], size, dtype, 1)
+                rows = [row["ms"] for row in record["rows"] if (row["decoder"], row["size"], row["dtype"], row["batch"]) == wanted and row["reason"] is None]
+                cells.append(tables.ms(min(rows)) if rows else "-")
+            line.append(" / ".join(cells))
+        lines.append(line)
+    table = tables.markdown(head, lines)
+    return f"{table}\n\n{tables.machine_lines(record)}\n\nMedian of up to {record['options']['repeats']} calls, one picture, decoders in turn."
+
+
+def quality_table(record: Record) -> str:
+    """Means and intervals at each share of the colour table, differences at the middle one, and real colours."""
+    shares = list(record["figures"])
+    middle = shares[len(shares) // 2]
+    columns = [name for name in METRIC if any(name in figures for figures in record["figures"][middle].values())]
+    arrows = {"higher": " ↑", "lower": " ↓", "one": " → 1"}
+    head = [f"{METRICS[name].title}{', ' + METRICS[name].unit if METRICS[name].unit else ''}{arrows[METRICS[name].better]}" for name in columns]
+    lines, differences = [], []
+    for share in (middle, *(share for share in shares if share != middle)):
+        for name, figures in record["figures"][share].items():
+            cells = [report.show(figures[metric], METRICS[metric]) if metric in figures else "-" for metric in columns]
+            lines.append([f"`{name}`", *([share] if len(shares) > 1 else []), *cells])
+            if share == middle and any("difference" in figure for figure in figures.values()):
+                changes = [report.show_difference(figures.get(metric, {}).get("difference"), METRICS[metric]) for metric in columns]
+                differences.append([f"`{name}`", *changes])
+    parts = [tables.markdown(["decoder", *(["share of colour table"] if len(shares) > 1 else []), *head], lines)]
+    if differences:
+        where = f" (share {middle})" if len(shares) > 1 else ""
+        parts += [f"Differences to `{record['baseline']}` on the same samples{where}, bold where the 95 % interval leaves out 0:"]
+        parts += [tables.markdown(["decoder", *(METRICS[name].title for name in columns)], differences)]
+    if record["colours"]:
+        head = ["decoder", "flat: PSNR, dB ↑", "95th percentile, 1/255 ↓", "worst, 1/255 ↓", "textured: PSNR, dB ↑"]
+        count = next(iter(record["colours"].values()))["n"]
+        parts += [f"{count:,} colours of real latents, which no stand-in made:"]
+        parts += [tables.markdown(head, [[f"`{name}`", *(f"{c[key]:.1f}" for key in ("psnr", "p95", "worst", "textured"))] for name, c in record["colours"].items()])]
+    return "\n\n".join([*parts, *report.notes(record)])
+
+
+def block(preset: str) -> str:
+    """All tables of a preset, from the records beside its weights."""
+    parts = []
+    for name, read, table in (("speed", speed_of, speed_table), ("quality", quality_of, quality_table)):
+        if (path := CARDS / preset / f"{name}.json").is_file():
+            parts.append(table(read(path, preset)))
+    return "\n\n".join(parts) + "\n" if parts else ""
+
+
+def documents(preset: str) -> list[Path]:
+    return [CARDS / preset / "README.md", *([ROOT / "README.md"] if preset == DEFAULT else [])]
+
+
+def updated(path: Path, preset: str) -> str:
+    """A document's text with this preset's tables in it. Raises ValueError where the marks are missing."""
+    text = path.read_text()
+    if len(BLOCK.findall(text)) != 1:
+        raise ValueError(f"{path} must hold one line <!-- results --> and, after it, one line <!-- end of results -->")
+    made = block(preset)
+    return BLOCK.sub(lambda _: made, text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("presets", nargs="+", help="with a folder under hub_cards")
+    parser.add_argument("--quality", type=Path, help="report.json of fld evaluate")
+    parser.add_argument("--speed", type=Path, help="--json record of fld bench")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where a table is not that of its records")
+    arguments = parser.parse_args()
+    if arguments.check and (arguments.quality or arguments.speed):
+        parser.error("--check takes no new records")
+    try:
+        for preset in arguments.presets:
+            records = {}
+            if arguments.quality:
+                records["quality"] = quality_of(arguments.quality, preset)
+            if arguments.speed:
+                records["speed"] = speed_of(arguments.speed, preset)
+            for name, record in records.items():
+                with replacing(CARDS / preset / f"{name}.json", force=True) as path:
+                    path.write_text(json.dumps(record, indent=1) + "\n")
+        stale = [(path, text) for preset in arguments.presets for path in documents(preset) if (text := updated(path, preset)) != path.read_text()]
+    except (ValueError, OSError) as error:
+        print(f"nothing was written: {error}" if arguments.check else error, file=sys.stderr)
+        raise SystemExit(2) from None
+    for path, text in stale:
+        if arguments.check:
+            print(f"the tables of {path} are not those of its records: python training/results.py {' '.join(arguments.presets)}")
+        else:
+            with replacing(path, force=True) as temporary:
+                temporary.write_text(text)
+            print(f"wrote the tables of {path}")
+    if arguments.check and stale:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
