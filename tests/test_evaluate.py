@@ -198,6 +198,7 @@ def test_a_colour_table_is_reported_at_three_shares_beside_real_colours(tmp_path
     assert list(results["figures"]) == ["0", "0.5", "1"]
     psnr = {share: results["figures"][share]["taesdxl"]["psnr"]["mean"] for share in results["figures"]}
     assert len(set(psnr.values())) == 3
+    assert all(results["figures"][share]["taesdxl + affine colour"]["psnr"]["n"] == 3 for share in ("0", "0.5", "1"))
     affine = results["figures"]["0.5"]["taesdxl + affine colour"]["psnr"]["mean"]
     assert affine > psnr["0.5"]
     assert set(results["colours"]) == {decoder, "taesdxl"}

@@ -210,6 +210,39 @@ def test_a_run_killed_at_step_13_goes_on_from_10_as_if_nothing_had_been(tmp_path
         FastDecoder.from_pretrained(tmp_path / name / "export")
 
 
+def test_muon_takes_the_inner_convolutions(tmp_path: Path) -> None:
+    """In place, without moving the weights; AdamW has all the rest."""
+    c = module("config").read_config(config(tmp_path, "x"), ["optimizer=muon", "lr=0.01"])
+    network = module("config").build_decoder(c).decoder.to(memory_format=torch.channels_last)
+    before = {name: value.clone() for name, value in network.named_parameters()}
+    places = {name: value.data_ptr() for name, value in network.named_parameters()}
+    muon, adamw = module("optimizers").build_optimizers(network, c)
+    assert len(muon.matrices) + sum(len(group["params"]) for group in adamw.param_groups) == len(before)
+    inner = {id(weight) for weight in muon.weights}
+    first, *_, last = [m.weight for m in network.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert inner and not inner & {id(first), id(last)}
+    network(torch.randn(2, 4, 4, 4)).square().mean().backward()
+    muon.step()
+    moved = {name for name, value in network.named_parameters() if not torch.equal(value, before[name])}
+    assert moved == {name for name, value in network.named_parameters() if id(value) in inner}
+    weight, name = muon.weights[0], next(name for name, value in network.named_parameters() if value is muon.weights[0])
+    step = module("optimizers").matrix(before[name] - weight.detach()) / (0.01 * 0.2 * max(weight.shape[0], weight[0].numel()) ** 0.5)
+    values = torch.linalg.svdvals(step)
+    assert values.min() > 0.5 and values.max() < 1.5, "a step is orthogonal, at a length of AdamW's"
+    adamw.step()
+    assert not any(torch.equal(value, before[name]) for name, value in network.named_parameters() if value.grad.abs().max() > 0)
+    assert {name: value.data_ptr() for name, value in network.named_parameters()} == places
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_muon_resumes_as_if_nothing_had_been(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(config(tmp_path, "whole"), "optimizer=muon", "gan.weight=0", monkeypatch=monkeypatch)
+    killed = train(config(tmp_path, "parts"), "optimizer=muon", "gan.weight=0", kill_at=13)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    run(config(tmp_path, "parts"), "optimizer=muon", "gan.weight=0", monkeypatch=monkeypatch)
+    assert_same(*(torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "parts")))
+
+
 @pytest.mark.slow
 def test_a_run_that_is_asked_to_end_saves_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By SIGTERM, then by Ctrl-C, both of which its workers get too; the same command goes on each time."""

@@ -98,6 +98,7 @@ class Config:
     gan: Gan = Gan()
     teacher: Teacher = Teacher()
 
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: of the convolutions between the first and the last one
     lr: float = 1e-3
     final_lr: float = 0.02  # share of lr at the end of the cosine
     warmup: int = 200

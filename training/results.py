@@ -32,7 +32,7 @@ def quality_of(path: Path, preset: str) -> Record:
     try:
         record = json.loads(path.read_text())
         known = preset in next(iter(record["figures"].values()))
-    except (OSError, ValueError, KeyError, AttributeError, StopIteration) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
         raise ValueError(f"{path} is no report.json of fld evaluate ({error})") from None
     if not known:
         raise ValueError(f"{path} did not measure {preset}")
@@ -144,7 +144,7 @@ def main() -> None:
                     path.write_text(json.dumps(record, indent=1) + "\n")
         stale = [(path, text) for preset in arguments.presets for path in documents(preset) if (text := updated(path, preset)) != path.read_text()]
     except (ValueError, OSError) as error:
-        print(f"nothing was written: {error}" if arguments.check else error, file=sys.stderr)
+        print(error, file=sys.stderr)
         raise SystemExit(2) from None
     for path, text in stale:
         if arguments.check:

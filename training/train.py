@@ -28,6 +28,7 @@ from faces import FaceDetector
 from grow import branch, fold_branches, grow
 from latents import Shards
 from losses import PERCEPTUAL, PLAIN, WEIGHTED, ShiftTolerantLPIPS, perceptual, temporal
+from optimizers import build_optimizers
 from running import make_room, mixed_precision, save, sentences, stop_requested
 from teacher import Lesson
 from torch import Tensor, nn
@@ -136,15 +137,16 @@ def main() -> None:
     last = [parameter for parameter in network.parameters() if parameter.ndim == 4][-1]
     weights = {**c.losses, "teacher": c.teacher.output, "teacher_maps": c.teacher.features}
 
-    optimizer = torch.optim.AdamW(network.parameters(), lr=c.lr, betas=(0.9, 0.99), weight_decay=c.weight_decay, fused=True)
+    optimizers = build_optimizers(network.to(device), c)
     if c.compile:
         torch._functorch.config.donated_buffer = False  # adaptive_ratio goes back through the graph before the step does
         network.compile()
-    wrapped, optimizer = accelerator.prepare(network, optimizer)
+    wrapped, *optimizers = accelerator.prepare(network, *optimizers)
     ema = {key: value.clone() for key, value in network.state_dict().items()}
     if state:
         network.load_state_dict(state["network"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, kept in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(kept)
         ema = {key: value.to(device) for key, value in state["ema"].items()}
         step, begun = state["step"], state.get("begun", 0)
         if adversary and "adversary" in state:
@@ -189,7 +191,7 @@ def main() -> None:
     def checkpoint() -> None:
         adversarial = {"adversary": adversary.state_dict()} if adversary else {}  # every process's memory
         if accelerator.is_main_process:
-            parts = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema, **adversarial}
+            parts = {"network": network.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "ema": ema, **adversarial}
             save(out / "checkpoint.pt", {**parts, "step": step, "begun": begun, "precision": precision})
 
     def decode_with(network: nn.Module) -> Decode:
@@ -226,10 +228,10 @@ def main() -> None:
     while step < c.steps:
         number, kind, which, rows = turn(c, shards, step)
         shard = shards.get(number, kind, which)
-        for group in optimizer.param_groups:
+        for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
             group["lr"] = learning_rate(c, step, begun)
 
-        optimizer.zero_grad(set_to_none=True)
+        network.zero_grad(set_to_none=True)
         batches = rows.chunk(c.accumulate)
         for i, batch in enumerate(batches):
             seed = ((c.seed * 7_000_003 + step) * accelerator.num_processes + rank) * c.accumulate + i
@@ -244,7 +246,8 @@ def main() -> None:
         norm = accelerator.clip_grad_norm_(network.parameters(), c.clip)
         if not torch.isfinite(norm):
             raise SystemExit(f"the gradient is not finite at step {step}: lower lr; the last checkpoint is in {out}")
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         step += 1
         decay = min(c.ema, (step - begun) / (step - begun + 10))
         with torch.no_grad():

@@ -51,7 +51,7 @@ def compare(
         files = inputs(collect(run, paths, (*READERS, *SUFFIXES), "latent or picture"))
         decoders = {name: load_decoder(name, place, dtype) for name in names} if files else {}
         rows: list[Compared] = []
-        for file, source in run.over(list(files.items())):
+        for file, source in run.over(files.items(), len(files)):
             try:
                 rows += list(rows_of(run, file, source, decoders, scaled))  # all of a file's, or none
             except (ValueError, RuntimeError) as error:

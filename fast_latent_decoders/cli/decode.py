@@ -101,7 +101,7 @@ def read_all(
     from ..files import read_latents
 
     claims = Claims()
-    for file in run.over(files):
+    for file in run.over(files, len(files)):
         try:
             latents = vae_units(run, file, read_latents(file), decoder, scaled)
         except ValueError as error:

@@ -35,7 +35,7 @@ def encode(
         space = fast.latent_space.name
         if latent_space not in (None, space):
             wrong_usage(f"--decoder {decoder} is for {space!r}, not --latent-space {latent_space}; leave one of them out")
-        for file in run.over(files):
+        for file in run.over(files, len(files)):
             output = out / f"{file.stem}.safetensors"
             try:
                 conflict = claims.conflict(output, file)

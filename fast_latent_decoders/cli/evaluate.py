@@ -118,15 +118,15 @@ def evaluate(
         except (ValueError, OSError, ImportError) as error:
             wrong_usage(str(error))
         progress = measure(protocol, eyes, candidates, tools, store, baseline if colour_table else None)
-        for _ in run.over([None] * (len(todo) - len(store.done))):
-            next(progress, None)
+        for _ in run.over(progress, len(todo) - len(store.done)):
+            pass
         shown = list(decoder)
         if colour_table and store.rows:
             shown.append(f"{baseline} + affine colour")
             plain = next(candidate for candidate in candidates if candidate.name == baseline)
             again = measure_recoloured(protocol, eyes, plain, tools, store)
-            for _ in run.over([None] * (len(todo) * len(shares))):
-                next(again, None)
+            for _ in run.over(again, len(todo) * len(shares)):
+                pass
         for key, why in store.failed.items():
             run.fail(key, why)
         for key, why in getattr(eyes.encoder, "doubts", {}).items():

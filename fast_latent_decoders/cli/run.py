@@ -47,10 +47,10 @@ class Run:
         if self._progress:
             self._progress.stop()
 
-    def over(self, items: Sequence[Any]) -> Iterator[Any]:
-        """The items, with the bar moving on after each."""
+    def over(self, items: Iterable[Any], total: int) -> Iterator[Any]:
+        """The `total` items, with the bar moving on after each."""
         if self._progress:
-            self._task = self._progress.add_task(self._title, total=len(items))
+            self._task = self._progress.add_task(self._title, total=total)
         for item in items:
             yield item
             if self._progress:

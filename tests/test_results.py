@@ -1,0 +1,114 @@
+"""Tables in cards and README are those of the records beside the weights, and the records are of these very weights."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from fast_latent_decoders.evaluation.decoders import load_candidate
+from fast_latent_decoders.presets import presets
+
+from .test_bench import made_up, row
+
+ROOT = Path(__file__).parent.parent
+MARKS = "# card\n\n<!-- results -->\n<!-- end of results -->\n\nand more\n"
+
+
+@pytest.fixture
+def results(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "training"))
+    return importlib.import_module("results")
+
+
+def call(results: ModuleType, *words: object) -> int:
+    old, sys.argv = sys.argv, ["results.py", *map(str, words)]
+    try:
+        results.main()
+    except SystemExit as error:
+        return int(error.code or 0)
+    finally:
+        sys.argv = old
+    return 0
+
+
+def figure(mean: float, **more: Any) -> dict[str, Any]:
+    return {"mean": mean, "low": mean - 0.5, "high": mean + 0.5, "n": 9, **more}
+
+
+def quality() -> dict[str, Any]:
+    change = {"mean": 1.0, "low": 0.5, "high": 1.5, "n": 9}
+    shares = {share: {"a": {"psnr": figure(24 + i, difference=change)}, "b": {"psnr": figure(23)}} for i, share in enumerate(("0", "0.5", "1"))}
+    source = {"path": "val.tar"}
+    encoder = {"name": "the tiny sdxl encoder", "weights": "abc", "posterior": "mode"}
+    return {
+        "date": "2026-01-01", "machine": "Some CPU", "n": 9, "baseline": "b", "reference": None, "failed": {}, "figures": shares,
+        "protocol": {"size": 256, "sources": [source], "encoder": encoder, "seed": 0},
+        "colours": {"a": {"n": 8, "psnr": 40.0, "p95": 2.0, "worst": 9.0, "textured": 41.0}},
+        "unavailable": {"lpips_vgg": "vgg16.pth cannot be downloaded (somewhere: no such host)"},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("preset", [name for name, preset in presets().items() if (ROOT / "hub_cards" / name / "quality.json").exists()])
+def test_the_shipped_tables_are_those_of_their_records(preset: str, results: ModuleType) -> None:
+    assert call(results, preset, "--check") == 0
+    record = json.loads((ROOT / "hub_cards" / preset / "quality.json").read_text())
+    assert record["protocol"]["decoders"][preset] == load_candidate(preset, "cpu").hash, "the record is of other weights"
+
+
+def test_records_are_kept_and_tables_written_and_checked(results: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(results, "CARDS", tmp_path)
+    card = tmp_path / "a" / "README.md"
+    card.parent.mkdir()
+    card.write_text(MARKS)
+    (tmp_path / "report.json").write_text(json.dumps(quality()))
+    (tmp_path / "bench.json").write_text(json.dumps(made_up(row("a", 12.5), row("a", 9.5, mode="compiled"), row("a", 5.0, dtype="bfloat16"))))
+    assert call(results, "a", "--quality", tmp_path / "report.json", "--speed", tmp_path / "bench.json") == 0
+    text = card.read_text()
+    assert text.startswith("# card\n") and text.endswith("and more\n")
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert "| `a` | 1.00 M | 2.0 | 100 K | 9.50 / 5.00 |" in lines
+    assert "| `a` | 0.5 | 25.00 ± 0.50 |" in lines  # the middle share comes first
+    assert "| `a` | **+1.00 [+0.50, +1.50]** |" in lines
+    assert "| `a` | 40.0 | 2.0 | 9.0 | 41.0 |" in lines
+    for told in ("Some CPU", "2026-01-01", "the tiny sdxl encoder", "val.tar", "torch 2.14.1"):
+        assert told in text
+    assert "no such host" not in text + (tmp_path / "a" / "quality.json").read_text()
+
+    assert call(results, "a", "--check") == 0
+    card.write_text(text.replace("25.00", "26.00"))
+    assert call(results, "a", "--check") == 1
+    assert "26.00" in card.read_text()
+    assert call(results, "a") == 0 and card.read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("option", "content", "message"),
+    [
+        ("--quality", "[]", "is no report.json of fld evaluate"),
+        ("--quality", json.dumps({**quality(), "figures": {"0": {"b": {}}}}), "did not measure a"),
+        ("--speed", "{}", "is no record of fld bench"),
+        ("--speed", json.dumps(made_up(row("b", 1.0))), "did not time a"),
+    ],
+)
+def test_other_files_are_refused(
+    option: str, content: str, message: str, results: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(results, "CARDS", tmp_path)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "README.md").write_text(MARKS)
+    (tmp_path / "file.json").write_text(content)
+    assert call(results, "a", option, tmp_path / "file.json") == 2
+    assert message in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["README.md"]
+
+
+def test_a_card_without_marks_is_refused(results: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(results, "CARDS", tmp_path)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "README.md").write_text("# card\n")
+    assert call(results, "a") == 2
+    assert "<!-- results -->" in capsys.readouterr().err
