@@ -265,6 +265,12 @@ def test_clips(tmp_path: Path, decoder: str) -> None:
     with av.open(str(film)) as container:
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     assert len(frames) == 4
+    assert "join_error" not in figures
+    out = tmp_path / "chunks"
+    done = fld(tmp_path / "clips", "--clips", "--decoder", "taesdxl", "--size", 64, "--frames", 4, "--chunk", 3, "--out", out, *CHEAP[:4], "--features", "i3d")
+    assert done.exit_code == 0, done.output
+    chunked = json.loads((out / "report.json").read_text())["figures"]["0"]["taesdxl"]
+    assert chunked["join_error"]["n"] == 2 and chunked["psnr"] == figures["psnr"]  # a decoder of single frames has no joins
 
 
 def test_ready_latents_take_the_encoders_place(tmp_path: Path, decoder: str, pictures: Path) -> None:

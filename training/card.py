@@ -211,7 +211,7 @@ def make_card(c: "Config", model: FastDecoder, summary: dict[str, Any], machine:
         *(tell_stand_in(c.stand_in) if tiny else []),
         "\n" + "\n".join(tell_losses(c)) + "\n",
         f"{summary.get('steps', 0):,} steps in {summary.get('hours', 0):g} hours on {machine}, precision {start.get('precision', 'not logged')},",
-        f"{per_step}, learning rate {c.lr:g}, average of the weights {c.ema:g}.",
+        f"{per_step}, learning rate {c.lr:g}{' (Muon)' if c.optimizer == 'muon' else ''}, average of the weights {c.ema:g}.",
         f"`run.json` holds every setting{f', of each of the {starts} starts of the run' if starts > 1 else ''}.\n",
         "| from step | crops | a batch | changes before encoding | clips |\n|---|---|---|---|---|",
         *(tell_stage(stage, c.steps) for stage in c.stages),

@@ -26,6 +26,7 @@ def evaluate(
     size: Annotated[int, typer.Option(help="Short side in px, then the centre square; 0: as they are.")] = 256,
     samples: Annotated[int | None, typer.Option("--count", help="Samples, evenly spread; without, all.")] = None,
     frames: Annotated[int, typer.Option(help="Of each clip, its first ones; I3D looks at 16.")] = 16,
+    chunk: Annotated[int | None, typer.Option(min=1, help="Frames of a clip that one call decodes, without it all; error at the joins is measured.")] = None,
     encoder: Annotated[str | None, typer.Option(help="A VAE (folder, Hub id) or TAESD-like file; without, the decoders' tiny one.")] = None,
     subfolder: Annotated[str | None, typer.Option(help="Of the encoder's folder or Hub repository.")] = None,
     posterior: Annotated[Literal["mode", "sample"], typer.Option(help="Of a VAE's encoder.")] = "mode",
@@ -109,8 +110,8 @@ def evaluate(
                 eyes = Eyes(ReadyLatents(first.latent_space, latents, scaled=scaled), reference)
             else:
                 eyes = Eyes(load_encoder(Encoder(encoder, subfolder, posterior), stand_in, first))
-            tools, infos, titles, unavailable = open_tools(metric, features or (["videomae-v2", "i3d"] if clips else ["inception", "alexnet-st"]), clips, place)
-            protocol = Settings(sources, size or None, samples, frames, shares, seed, list(infos), list(titles))
+            tools, infos, titles, unavailable = open_tools(metric, features or (["videomae-v2", "i3d"] if clips else ["inception", "alexnet-st"]), clips, place, chunk)
+            protocol = Settings(sources, size or None, samples, frames, chunk, shares, seed, list(infos), list(titles))
             todo = protocol.chosen
             if force and (out / "protocol.json").exists():  # only now that nothing is wrong with the call
                 shutil.rmtree(out)

@@ -37,6 +37,7 @@ class Settings:
     size: int | None = 256  # short side in px, then the centre square; None: as they are, cut to whole latents
     count: int | None = None  # samples, evenly spread; None: all
     frames: int = 8  # of a clip, its first ones
+    chunk: int | None = None  # frames of a clip that one call decodes, as a pipeline's decode_chunk_size; None: all
     shares: list[float] = field(default_factory=lambda: [0.0])  # of the colour table
     seed: int = 0  # of the posterior's samples
     metrics: list[str] = field(default_factory=list)
@@ -226,8 +227,13 @@ def decode_sample(
 ) -> tuple[Tensor, Iterator[tuple[Candidate, float, Tensor]]]:
     """The truth (T, 3, H, W) uint8, and what each decoder makes of its latents at each share of the colour table, in [-1, 1]."""
     x, z, table = eyes.look(protocol, source, entry)
-    frames = frames_of(source, z)
-    return x, ((candidate, share, candidate.decode(z + share * table, frames)) for share in protocol.shares for candidate in candidates)
+
+    def decode(candidate: Candidate, z: Tensor) -> Tensor:
+        frames = frames_of(source, z)
+        chunks = z.split(protocol.chunk) if protocol.chunk and frames > 1 else [z]
+        return torch.cat([candidate.decode(part, min(frames, len(part))) for part in chunks])
+
+    return x, ((candidate, share, decode(candidate, z + share * table)) for share in protocol.shares for candidate in candidates)
 
 
 def measure(

@@ -26,14 +26,14 @@ class Windows:
         return self.network(windows) if len(windows) else torch.zeros(0, self.d)
 
 
-def open_tools(metrics: Sequence[str], features: Sequence[str], clips: bool, device: str) -> tuple[Tools, dict[str, MetricInfo], dict[str, str], dict[str, str]]:
+def open_tools(metrics: Sequence[str], features: Sequence[str], clips: bool, device: str, chunk: int | None = None) -> tuple[Tools, dict[str, MetricInfo], dict[str, str], dict[str, str]]:
     """The tools, what their metrics are called, titles of the feature networks, and for what is not there the reason.
 
     Raises:
         ValueError: a name is not that of a metric or network.
     """
     opened, unavailable = open_metrics(metrics, device)
-    video, missing = open_video_metrics() if clips else ({}, {})
+    video, missing = open_video_metrics([name for name in VIDEO_METRICS if chunk or name != "join_error"], chunk=chunk) if clips else ({}, {})
     unavailable |= missing
     networks: dict[str, Network] = {}
     for name in features:
