@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from fast_latent_decoders.cli import app
 from fast_latent_decoders.evaluation import bench, end_to_end, machine, memory, plot, timing
 from fast_latent_decoders.evaluation.bench import Options
-from fast_latent_decoders.evaluation.candidates import Candidate
+from fast_latent_decoders.evaluation.subjects import Subject
 from fast_latent_decoders.evaluation.cases import Case, task_of
 from fast_latent_decoders.evaluation.tables import how, markdown, tables
 
@@ -145,31 +145,31 @@ def test_cases_of_one_size_and_batch_take_turns_and_slow_ones_run_once() -> None
 @pytest.mark.parametrize(("mode", "reason"), [("graph", "need a CUDA device"), ("tiled", "one tile of 128 latents covers")])
 def test_modes_that_cannot_be_had(decoder: str, mode: str, reason: str) -> None:
     with pytest.raises(RuntimeError, match=reason):
-        task_of(Case(decoder, size=64, mode=mode), Candidate.load(decoder), "cpu")
+        task_of(Case(decoder, size=64, mode=mode), Subject.load(decoder), "cpu")
 
 
 def test_tiles_and_clips_are_decoded(decoder: str) -> None:
-    candidate = Candidate.load(decoder)
-    whole, tiled = (task_of(Case(decoder, 64, mode=mode, tile=4), candidate, "cpu")() for mode in ("eager", "tiled"))
+    subject = Subject.load(decoder)
+    whole, tiled = (task_of(Case(decoder, 64, mode=mode, tile=4), subject, "cpu")() for mode in ("eager", "tiled"))
     assert torch.allclose(whole, tiled, atol=1e-5)  # type: ignore[arg-type]
-    clips: Any = task_of(Case(decoder, 64, batch=2, frames=3), candidate, "cpu")()
+    clips: Any = task_of(Case(decoder, 64, batch=2, frames=3), subject, "cpu")()
     assert clips.shape == (6, 3, 64, 64)
 
 
 def test_work_is_counted(decoder: str) -> None:
-    candidate = Candidate.load(decoder)
-    macs, traffic = candidate.counted(64, 1, None, 4)
-    assert candidate.counted(64, 2, None, 4)[0] == 2 * macs
-    half = candidate.counted(64, 1, None, 2)
+    subject = Subject.load(decoder)
+    macs, traffic = subject.counted(64, 1, None, 4)
+    assert subject.counted(64, 2, None, 4)[0] == 2 * macs
+    half = subject.counted(64, 1, None, 2)
     assert half[0] == macs and half[1] < 0.6 * traffic
 
 
 @pytest.mark.slow
 def test_the_vaes_own_decoder_has_the_published_shape() -> None:
-    vae = Candidate.load("sdxl-vae")
+    vae = Subject.load("sdxl-vae")
     assert vae.slow and vae.parameters == 49_490_179 + 20  # with post_quant_conv
     assert math.isclose(vae.counted(512, 1, None, 4)[0], 1257e9, rel_tol=0.001)
-    tae = Candidate.load("tae-192")
+    tae = Subject.load("tae-192")
     assert tae.parameters == 10_966_659 and not any(not p.any() for p in tae.model.parameters() if p.ndim > 1)
 
 

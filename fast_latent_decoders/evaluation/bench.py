@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from . import end_to_end, machine
-from .candidates import Candidate
+from .subjects import Subject
 from .cases import Case, task_of
 from .memory import peak_of_child, peak_of_gpu
 from .timing import Clock, Task, Timing, measure, why
@@ -61,22 +61,22 @@ def run(options: Options, say: Callable[[str], object] = lambda _: None) -> dict
     Raises:
         OSError, ValueError: a decoder cannot be loaded.
     """
-    candidates = {name: Candidate.load(name) for name in options.decoders}
+    subjects = {name: Subject.load(name) for name in options.decoders}
     say("is the machine idle?")
     before = machine.idleness()
     say("what can it do at best?")
     roof = machine.roofline(options.device, options.dtypes)
     clock = Clock(options.device)
     rows: list[dict[str, Any]] = []
-    slow = [name for name, candidate in candidates.items() if candidate.slow]
+    slow = [name for name, subject in subjects.items() if subject.slow]
     for group in groups(options, slow):
-        rows += _run_group(group, candidates, options, clock, roof, say)
+        rows += _run_group(group, subjects, options, clock, roof, say)
     if options.memory and options.device == "cpu":
         for row in rows:
             if row["reason"] is None:
                 say(f"memory of {row['decoder']} at {row['size']} px")
                 row |= _memory(row)
-    whole = end_to_end.measure_saving(options, candidates[options.decoders[0]], clock, say) if options.end_to_end else []
+    whole = end_to_end.measure_saving(options, subjects[options.decoders[0]], clock, say) if options.end_to_end else []
     after = machine.idleness(ask_load=False)
     reasons = list(before.reasons) + [f"{reason} (after the run)" for reason in after.reasons]
     return {
@@ -87,27 +87,27 @@ def run(options: Options, say: Callable[[str], object] = lambda _: None) -> dict
         "versions": machine.versions(),
         "idleness": {"before": before.as_json(), "after": after.as_json(), "busy": bool(reasons), "reasons": reasons},
         "roofline": roof,
-        "decoders": [_about(candidate) for candidate in candidates.values()],
+        "decoders": [_about(subject) for subject in subjects.values()],
         "rows": rows,
         "saving": whole,
         "pipeline": end_to_end.shares(rows, options.pipeline) if options.pipeline else [],
     }
 
 
-def _about(candidate: Candidate) -> dict[str, Any]:
+def _about(subject: Subject) -> dict[str, Any]:
     return {
-        "name": candidate.name,
-        "about": candidate.about,
-        "parameters": candidate.parameters,
-        "fp16_bytes": 2 * candidate.parameters,
-        "file_bytes": candidate.file_bytes,
-        "mac_per_pixel": candidate.counted(512, 1, None, 4)[0] / 512**2,
+        "name": subject.name,
+        "about": subject.about,
+        "parameters": subject.parameters,
+        "fp16_bytes": 2 * subject.parameters,
+        "file_bytes": subject.file_bytes,
+        "mac_per_pixel": subject.counted(512, 1, None, 4)[0] / 512**2,
     }
 
 
 def _run_group(
     group: list[Case],
-    candidates: dict[str, Candidate],
+    subjects: dict[str, Subject],
     options: Options,
     clock: Clock,
     roof: dict[str, Any],
@@ -119,7 +119,7 @@ def _run_group(
         if case.mode == "compiled":
             say(f"compiling {case.decoder} ({case.dtype})")
         try:
-            tasks[case] = task_of(case, candidates[case.decoder], options.device)
+            tasks[case] = task_of(case, subjects[case.decoder], options.device)
         except Exception as error:  # noqa: BLE001 - compilers and devices raise what they like; the row says what
             reasons[case] = why(error)
     timed = measure(
@@ -134,7 +134,7 @@ def _run_group(
         result = timed.get(case, reasons.get(case, ""))
         row = {**asdict(case), "reason": result if isinstance(result, str) else None, "peak_bytes": None, "peak_reason": None}
         if isinstance(result, Timing):
-            row |= _figures(case, candidates[case.decoder], result, roof)
+            row |= _figures(case, subjects[case.decoder], result, roof)
             if options.memory and options.device == "cuda":
                 row["peak_bytes"] = peak_of_gpu(tasks[case])
             elif options.memory and options.device == "mps":
@@ -143,10 +143,10 @@ def _run_group(
     return rows
 
 
-def _figures(case: Case, candidate: Candidate, timing: Timing, roof: dict[str, Any]) -> dict[str, Any]:
+def _figures(case: Case, subject: Subject, timing: Timing, roof: dict[str, Any]) -> dict[str, Any]:
     """Times in ms; rates; and the share of the time that the work would take at the device's best."""
     seconds = timing.median / 1e3
-    macs, traffic = candidate.counted(case.size, case.pictures, case.frames, getattr(torch, case.dtype).itemsize)
+    macs, traffic = subject.counted(case.size, case.pictures, case.frames, getattr(torch, case.dtype).itemsize)
     rate = roof["matrix"].get(case.dtype)
     pixels = case.pictures * case.size**2
     return {

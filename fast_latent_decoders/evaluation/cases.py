@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .candidates import Candidate
+from .subjects import Subject
 from .timing import Clock, Task
 
 
@@ -29,8 +29,8 @@ class Case:
         return self.batch * (self.frames or 1)
 
 
-def task_of(case: Case, candidate: Candidate, device: str, *, in_place: bool = False) -> Task:
-    """A call that decodes the case's latents once. `in_place` takes the candidate's own model instead of a copy.
+def task_of(case: Case, subject: Subject, device: str, *, in_place: bool = False) -> Task:
+    """A call that decodes the case's latents once. `in_place` takes the subject's own model instead of a copy.
 
     Raises:
         RuntimeError: the mode cannot be had on this device; one sentence says why.
@@ -41,10 +41,10 @@ def task_of(case: Case, candidate: Candidate, device: str, *, in_place: bool = F
     if case.mode == "tiled" and case.tile * 8 >= case.size:
         raise RuntimeError(f"one tile of {case.tile} latents covers a picture of {case.size} px")
     if in_place:
-        model = candidate.model.to(device, dtype).to(memory_format=getattr(torch, case.layout))
+        model = subject.model.to(device, dtype).to(memory_format=getattr(torch, case.layout))
     else:
-        model = candidate.ready(device, dtype, case.layout)
-    z = latents(candidate, case).to(device, dtype).contiguous(memory_format=getattr(torch, case.layout))
+        model = subject.ready(device, dtype, case.layout)
+    z = latents(subject, case).to(device, dtype).contiguous(memory_format=getattr(torch, case.layout))
     if case.mode == "tiled":
         _tile(model, case.tile)
     if case.mode == "compiled":
@@ -52,7 +52,7 @@ def task_of(case: Case, candidate: Candidate, device: str, *, in_place: bool = F
 
     @torch.inference_mode()
     def call() -> Tensor:
-        return candidate.decode(model, z, case.frames)
+        return subject.decode(model, z, case.frames)
 
     if case.mode == "compiled":
         # One function of ours is compiled for each model, which is more often than torch allows by itself.
@@ -93,8 +93,8 @@ def _captured(call: Callable[[], Tensor]) -> Task:
     return replay
 
 
-def latents(candidate: Candidate, case: Case) -> Tensor:
+def latents(subject: Subject, case: Case) -> Tensor:
     """(batch * frames, C, size / 8, size / 8) in VAE units, the same for all cases of this shape, float32."""
     generator = torch.Generator().manual_seed(0)
-    scale = candidate.model.config.scaling_factor
-    return torch.randn(case.pictures, candidate.channels, case.size // 8, case.size // 8, generator=generator) / scale
+    scale = subject.model.config.scaling_factor
+    return torch.randn(case.pictures, subject.channels, case.size // 8, case.size // 8, generator=generator) / scale

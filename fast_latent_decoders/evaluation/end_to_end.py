@@ -14,7 +14,7 @@ from .timing import Clock, Timing, measure
 
 if TYPE_CHECKING:
     from .bench import Options
-    from .candidates import Candidate
+    from .subjects import Subject
 
 STEPS = (4, 8, 30, 50)  # one-step models' kin, distilled ones, and what is usual
 CODECS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -30,7 +30,7 @@ DEFAULT_CODEC = "PNG, level 6 (Pillow's default)"  # what `fld decode` writes
 
 
 def measure_saving(
-    options: "Options", candidate: "Candidate", clock: Clock, say: Callable[[str], object]
+    options: "Options", subject: "Subject", clock: Clock, say: Callable[[str], object]
 ) -> list[dict[str, Any]]:
     """Times of every stage after the decode, for each size: one picture, on its own.
 

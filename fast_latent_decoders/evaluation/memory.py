@@ -42,15 +42,15 @@ def main(case: dict[str, Any]) -> int:
     """In the child: import, note the mark, load, decode once, and see how far the mark has moved."""
     import diffusers  # noqa: F401 - with what it imports, so that none of it is counted
 
-    from .candidates import Candidate
+    from .subjects import Subject
     from .cases import Case, task_of
 
     before = _reset()
     what = Case(**case)
-    candidate = Candidate.load(what.decoder)
+    subject = Subject.load(what.decoder)
     # Nothing is kept beside the model that decodes, as a user would have it.
-    task = task_of(what, candidate, "cpu", in_place=True)
-    del candidate
+    task = task_of(what, subject, "cpu", in_place=True)
+    del subject
     task()
     return max(0, _peak() - before)
 

@@ -21,7 +21,7 @@ VAE = "the VAE's own, random weights"
 
 
 @dataclass(frozen=True)
-class Candidate:
+class Subject:
     """A model with `decode(z, return_dict=False)`, in float32 on the CPU, and what is known of it before it runs.
 
     `frames_count`: its decode takes `num_frames`. `slow`: a VAE's own decoder, which a CPU needs half a minute for.
@@ -61,11 +61,11 @@ class Candidate:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     def ready(self, device: str, dtype: torch.dtype, layout: str) -> Any:
-        """A copy on `device`; this candidate stays as it is."""
+        """A copy on `device`; this subject stays as it is."""
         return copy.deepcopy(self.model).to(device, dtype).to(memory_format=getattr(torch, layout))
 
     def decode(self, model: Any, z: Tensor, frames: int | None) -> Tensor:
-        """(N, C, h, w) to (N, 3, 8h, 8w) by `model`, a copy of this candidate's."""
+        """(N, C, h, w) to (N, 3, 8h, 8w) by `model`, a copy of this subject's."""
         options = {"num_frames": frames or 1} if self.frames_count else {}
         return model.decode(z, return_dict=False, **options)[0]
 
@@ -100,7 +100,7 @@ class _Traffic(TorchDispatchMode):
 
 
 def names() -> list[str]:
-    """Every name that `Candidate.load` knows, besides folders and Hub ids."""
+    """Every name that `Subject.load` knows, besides folders and Hub ids."""
     return [*presets(), *_FAMILIES, *_VAES]
 
 
