@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 from fast_latent_decoders.cli import app
 from fast_latent_decoders.evaluation import bench, end_to_end, machine, memory, plot, timing
 from fast_latent_decoders.evaluation.bench import Options
-from fast_latent_decoders.evaluation.subjects import Subject
 from fast_latent_decoders.evaluation.cases import Case, task_of
+from fast_latent_decoders.evaluation.subjects import Subject
 from fast_latent_decoders.evaluation.tables import how, markdown, tables
 
 

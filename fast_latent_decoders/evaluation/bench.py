@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from . import end_to_end, machine
-from .subjects import Subject
 from .cases import Case, task_of
 from .memory import peak_of_child, peak_of_gpu
+from .subjects import Subject
 from .timing import Clock, Task, Timing, measure, why
 
 FORMAT = 1  # of the record

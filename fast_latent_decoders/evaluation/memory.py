@@ -42,8 +42,8 @@ def main(case: dict[str, Any]) -> int:
     """In the child: import, note the mark, load, decode once, and see how far the mark has moved."""
     import diffusers  # noqa: F401 - with what it imports, so that none of it is counted
 
-    from .subjects import Subject
     from .cases import Case, task_of
+    from .subjects import Subject
 
     before = _reset()
     what = Case(**case)
