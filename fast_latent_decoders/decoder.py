@@ -126,7 +126,10 @@ class FastDecoder(ModelMixin, AutoencoderMixin, ConfigMixin):
         return self.decoder(scaled, num_frames)
 
     def enable_tiling(self, tile_size: int = 128) -> None:
-        """Decode `tile_size` latents at a time (8 times as many pixels); exact for families with a finite receptive field."""
+        """Decode about `tile_size` x `tile_size` latents at a time (8 times as many pixels a side): in strips, else in tiles.
+
+        Exact for families with a finite receptive field. Strips need the memory of one strip and no more arithmetic than the whole.
+        """
         if tile_size < 1:
             raise ValueError(f"tile_size must be at least 1 latent, got {tile_size}")
         self.tile_size = tile_size

@@ -1,4 +1,4 @@
-"""Decoding in tiles: exact where the receptive field is finite, blended where the network sees the whole picture."""
+"""Decoding in bounded memory: in strips where the network can, else in tiles, exact where the receptive field is finite, else blended."""
 
 import warnings
 from collections.abc import Iterator
@@ -7,20 +7,23 @@ import torch
 from torch import Tensor
 
 from .networks.blocks import BlockNetwork
-
-SPATIAL_FACTOR = 8  # every family (DESIGN 1.3.9)
+from .strips import SPATIAL_FACTOR, Unsupported, decode_strips
 
 
 def decode_tiled(network: BlockNetwork, z: Tensor, num_frames: int | None, tile_size: int) -> Tensor:
-    """Scaled latents (N, C, h, w) to pictures (N, 3, 8h, 8w), `tile_size` latents at a time.
+    """Scaled latents (N, C, h, w) to pictures (N, 3, 8h, 8w), about `tile_size` x `tile_size` latents at a time.
 
-    A tile is decoded together with the latents its pixels can see (`BlockNetwork.halo`) and cut back, so that nothing is
+    Strips of as many latents cost no more arithmetic than the whole decode, and are exact. Where they cannot be had, a tile is decoded together with the latents its pixels can see (`BlockNetwork.halo`) and cut back, so that nothing is
     blended and the picture equals the untiled one. Networks with global attention have no such halo: their tiles overlap
     by a quarter and are blended, which changes the picture, and a warning says so.
     """
     height, width = z.shape[2:]
     if tile_size >= max(height, width):
         return network(z, num_frames)
+    try:
+        return decode_strips(network, z, max(1, tile_size**2 // min(height, width)))
+    except Unsupported:
+        pass
     halo = network.halo()
     if halo is None:
         return _blended(network, z, num_frames, tile_size)

@@ -7,10 +7,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fast_latent_decoders import tiling
 from fast_latent_decoders.networks.blocks import BlockNetwork
+from fast_latent_decoders.strips import Unsupported, decode_strips
 from fast_latent_decoders.tiling import decode_tiled
 from tests.pipelines import tiny
 
+NO_STRIPS = ("tae-bilinear",)  # its upsampling looks at neighbours
 SIZES = [(9, 9, 4), (13, 11, 5), (5, 17, 3), (8, 23, 8), (7, 7, 1), (6, 30, 7)]  # height, width, tile size
 
 
@@ -20,6 +23,17 @@ def assert_ulp(tiled: Tensor, whole: Tensor) -> None:
     assert (tiled.float() - whole.float()).abs().max() <= unit
 
 
+@pytest.fixture
+def tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No strips."""
+
+    def refuse(*_: Any) -> None:
+        raise Unsupported
+
+    monkeypatch.setattr(tiling, "decode_strips", refuse)
+
+
+@pytest.mark.usefixtures("tiles")
 @pytest.mark.parametrize("family", tiny.LOCAL)
 @pytest.mark.parametrize(("height", "width", "tile_size"), SIZES)
 class TestExact:
@@ -47,6 +61,41 @@ class TestExact:
             torch.testing.assert_close(vae.decode(z).sample, whole, rtol=0, atol=1e-6)
             vae.disable_tiling()
             assert torch.equal(vae.decode(z).sample, whole)
+
+
+@pytest.mark.parametrize("family", tiny.LOCAL)
+@pytest.mark.parametrize(("height", "width", "tile_size"), SIZES)
+def test_strips_are_exact(family: str, height: int, width: int, tile_size: int) -> None:
+    fast, z = tiny.decoder(family), tiny.latents(n=2, height=height, width=width)
+    whole = fast.decode(z).sample
+    size = max(1, tile_size**2 // min(height, width))
+    try:
+        torch.testing.assert_close(decode_strips(fast.decoder, z * fast.latent_space.scaling_factor, size), whole, rtol=0, atol=1e-6)
+    except Unsupported:
+        assert family in NO_STRIPS
+        return
+    assert family not in NO_STRIPS
+    windows = watch(fast.decoder)
+    fast.enable_tiling(tile_size)
+    torch.testing.assert_close(fast.decode(z).sample, whole, rtol=0, atol=1e-6)
+    assert not windows or size >= max(height, width)
+
+
+def test_a_strip_needs_a_strips_memory() -> None:
+    """No layer ever sees more than its strip and, at the end, what waited in the layers before it."""
+    fast, z = tiny.decoder("subpixel"), tiny.latents(height=64, width=4)
+    first, *_, last = (watch(module) for module in fast.decoder.modules() if isinstance(module, nn.Conv2d))
+    decode_strips(fast.decoder, z, 2)
+    assert max(rows for rows, _ in first) <= 2 + 2
+    assert max(rows for rows, _ in last[:-1]) <= 4 * 2 + 2
+    assert last[-1][0] <= 4 * (2 + fast.decoder.halo()) + 2
+
+
+def test_hooks_that_move_blocks_get_tiles() -> None:
+    fast = tiny.decoder("subpixel")
+    fast.decoder.layers[1]._diffusers_hook = object()
+    with pytest.raises(Unsupported):
+        decode_strips(fast.decoder, tiny.latents(height=9, width=9), 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -123,7 +172,7 @@ def test_slicing_and_tiling_together() -> None:
     whole = fast.decode(z).sample
     fast.enable_slicing()
     fast.enable_tiling(4)
-    windows = watch(fast.decoder, axis=0)
+    windows = watch(fast.decoder.layers[0], axis=0)
     torch.testing.assert_close(fast.decode(z).sample, whole, rtol=0, atol=1e-6)
     assert {window[0] for window in windows} == {1}
 

@@ -58,7 +58,19 @@ class BlockNetwork(nn.Module):
         return halo
 
 
-class ResidualBlock(nn.Module):
+class Residual(nn.Module):
+    """A branch `conv` around which the input is carried, and how both are joined."""
+
+    conv: nn.Sequential
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.join(x, self.conv(x))
+
+    def join(self, x: Tensor, residual: Tensor) -> Tensor:
+        return x + residual
+
+
+class ResidualBlock(Residual):
     """x + conv(relu(... conv(x))), all 3x3 at one width; the last convolution starts at zero, so a new block is the identity."""
 
     def __init__(self, width: int, convs: int) -> None:
@@ -69,9 +81,6 @@ class ResidualBlock(nn.Module):
             layers += [nn.Conv2d(width, width, 3, padding=1)]
         zero_init(layers[-1])
         self.conv = nn.Sequential(*layers)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv(x)
 
 
 def zero_init(module: nn.Module) -> nn.Module:

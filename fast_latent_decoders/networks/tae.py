@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from .blocks import BlockNetwork
+from .blocks import BlockNetwork, Residual
 
 UPSAMPLINGS = ("nearest", "bilinear")
 
@@ -50,7 +50,7 @@ class TAENetwork(BlockNetwork):
         return halo + 2 if halo is not None and bilinear else halo
 
 
-class TAEBlock(nn.Module):
+class TAEBlock(Residual):
     """relu(x + conv(relu(conv(relu(conv(x)))))), all 3x3 at one width."""
 
     def __init__(self, width: int) -> None:
@@ -64,5 +64,5 @@ class TAEBlock(nn.Module):
         )
         self.relu = nn.ReLU()
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.relu(self.conv(x) + x)
+    def join(self, x: Tensor, residual: Tensor) -> Tensor:
+        return self.relu(residual + x)
