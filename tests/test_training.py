@@ -243,6 +243,19 @@ def test_muon_resumes_as_if_nothing_had_been(tmp_path: Path, monkeypatch: pytest
     assert_same(*(torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "parts")))
 
 
+def test_variants_of_the_search_decode_and_cost_alike() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    search = module("search")
+    z = torch.randn(1, 4, 8, 8)
+    for name, changes in search.VARIANTS.items():
+        decoder = search.VariantDecoder(**{key: value for key, value in changes.items() if key != "train"})
+        with FlopCounterMode(display=False) as flops:
+            assert decoder.decode(z).sample.shape == (1, 3, 64, 64)
+        assert 130e3 < flops.get_total_flops() / 2 / 64**2 < 180e3, name
+    FastDecoder.families.pop("VariantDecoder")
+
+
 @pytest.mark.slow
 def test_a_run_that_is_asked_to_end_saves_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By SIGTERM, then by Ctrl-C, both of which its workers get too; the same command goes on each time."""
