@@ -1,10 +1,16 @@
 """The scripts of examples/ run as they stand, on tiny random pipelines."""
 
+import shlex
 import subprocess
 import sys
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
+from fast_latent_decoders.cli import app
+from fast_latent_decoders.evaluation import subjects
 
 from .pipelines import tiny
 
@@ -52,6 +58,24 @@ def test_svd(models: Path, tmp_path: Path) -> None:
 def test_swap_by_hand(models: Path, tmp_path: Path) -> None:
     run("swap_by_hand.py", tmp_path, *small(models))
     assert {path.name for path in tmp_path.iterdir()} == {"swapped-original.png", "swapped-fast.png"}
+
+
+def test_paper_tables(tmp_path: Path) -> None:
+    """Each table's commands; the first one's evaluation is run as printed."""
+    (tmp_path / "pictures").mkdir()
+    for i in range(2):
+        tiny.picture(i).resize((256, 256)).save(tmp_path / "pictures" / f"{i}.png")
+    lines = []
+    for table in ("1", "2", "3"):
+        said = run("../training/paper_tables.py", tmp_path, table, "pictures", "--tiny", "--dry-run", "--count", "2", "--names", "testlist01.txt")
+        lines += [line for line in said.splitlines() if line.startswith("fld ")]
+    assert [line.split()[1] for line in lines] == ["evaluate", "bench"] * 3
+    assert "--clips" in lines[4] and "--frames 8" in lines[5] and "--size 1024" in lines[2]
+    done = CliRunner().invoke(app, [*shlex.split(lines[0].replace("pictures", str(tmp_path / "pictures")).replace(" --names testlist01.txt", ""))[1:], "--features", "alexnet-st", "--out", str(tmp_path / "report")])
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "report" / "report.html").exists()
+    for line in lines[1::2]:  # what fld bench is asked for it knows
+        assert set(takewhile(lambda word: not word.startswith("--"), shlex.split(line)[2:])) <= set(subjects.names())
 
 
 def test_push_to_hub_local(models: Path, tmp_path: Path) -> None:

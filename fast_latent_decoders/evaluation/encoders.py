@@ -189,7 +189,9 @@ def read_tiny(path: Path) -> tuple[nn.Module, str, int]:
 
 
 def read_vae(path: str, subfolder: str | None) -> Any:
-    """A VAE of any diffusers class from a folder or the Hub; its config names the class."""
+    """A VAE of any diffusers class from a folder or the Hub (OWNER/NAME, or OWNER/NAME/SUBFOLDER); its config names the class."""
+    if subfolder is None and path.count("/") == 2 and not Path(path).exists():
+        path, _, subfolder = path.rpartition("/")
     where = {"subfolder": subfolder} if subfolder else {}
     try:
         name = diffusers.AutoencoderKL.load_config(path, **where).get("_class_name")
