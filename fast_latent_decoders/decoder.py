@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from . import presets
 from .encoder import encoder_part, load_tiny_encoder
+from .engines import OpenVINOEngine, engine_or
 from .latent_space import LatentSpace, latent_space
 from .networks.blocks import BlockNetwork
 from .socket import DecoderSocket, plug
@@ -73,6 +74,7 @@ class FastDecoder(ModelMixin, AutoencoderMixin, ConfigMixin):
         self.tile_size = 128
         # Held in a tuple, outside the module tree: not saved, counted, cast or offloaded with the decoder (CONTRACT 5.3).
         self._encoder: tuple[nn.Module] | None = None
+        self._engine: OpenVINOEngine | None = None
 
     # ---------------------------------------------------------------- decode
 
@@ -121,9 +123,50 @@ class FastDecoder(ModelMixin, AutoencoderMixin, ConfigMixin):
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     def _decode(self, scaled: Tensor, num_frames: int | None) -> Tensor:
+        network = engine_or(self.decoder, self._engine, scaled)
         if self.use_tiling:
-            return decode_tiled(self.decoder, scaled, num_frames, self.tile_size)
-        return self.decoder(scaled, num_frames)
+            return decode_tiled(network, scaled, num_frames, self.tile_size)
+        return network(scaled, num_frames)
+
+    def decode_bytes(self, z: Tensor, num_frames: int | None = None) -> Tensor:
+        """Latents to pictures that are ready to be saved: what diffusers' image processor makes of `decode`, computed on the device.
+
+        Args:
+            z, num_frames: as for `decode`.
+
+        Returns:
+            (N, 8h, 8w, 3) uint8 on the decoder's device: a quarter of float32's bytes to copy. ``Image.fromarray(x.cpu().numpy())``.
+        """
+        sample = self.decode(z, return_dict=False, num_frames=num_frames)[0]
+        return (sample * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().mul(255).round().to(torch.uint8)
+
+    def optimize(self, backend: Literal["torch", "compile", "openvino"] = "torch", dtype: torch.dtype | None = None) -> Self:
+        """Make decoding fast on the device that this decoder is on. Returns self; pictures stay the same within `dtype`'s rounding.
+
+        Args:
+            backend: "torch": channels_last, and the number format that a self-test of a second finds fastest. "compile": torch.compile
+                besides, which a first decode of each size pays for; on a GPU with CUDA graphs. "openvino": OpenVINO, on a CPU, of the
+                weights as they are now; sockets made from now on have it too, another device or training goes back to torch.
+            dtype: computes in this one instead.
+
+        Raises:
+            ImportError: OpenVINO is missing; the message names the extra.
+            ValueError: no number format works here; the backend cannot do this family, device or dtype; an unknown backend.
+        """
+        if backend not in ("torch", "compile", "openvino"):
+            raise ValueError(f"expected the backend torch, compile or openvino, got {backend!r}")
+        if backend == "openvino":
+            if self.device.type != "cpu":
+                raise ValueError(f"the backend openvino is for CPUs, and this decoder is on {self.device}; use the backend compile there")
+            self._engine = OpenVINOEngine(self.decoder, self.config.latent_channels, dtype)
+            return self
+        from .evaluation.check import fastest_dtype  # it measures decoders, so it stands above this module
+
+        self._engine = None
+        self.to(dtype or fastest_dtype(self, self.device.type)).to(memory_format=torch.channels_last)
+        if backend == "compile":
+            self.decoder.compile(mode="reduce-overhead" if self.device.type == "cuda" else None)
+        return self
 
     def enable_tiling(self, tile_size: int = 128) -> None:
         """Decode about `tile_size` x `tile_size` latents at a time (8 times as many pixels a side): in strips, else in tiles.
@@ -225,7 +268,7 @@ class FastDecoder(ModelMixin, AutoencoderMixin, ConfigMixin):
             network = type(self).from_config(self.config).decoder
         network.load_state_dict(self.decoder.state_dict(), assign=True)
         network.train(self.decoder.training)
-        return plug(DecoderSocket(network, self.latent_space, vae, type(self).__name__), vae)
+        return plug(DecoderSocket(network, self.latent_space, vae, type(self).__name__, self._engine), vae)
 
     def _check_space(self, vae: Any) -> None:
         config, mine = vae.config, self.latent_space

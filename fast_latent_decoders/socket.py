@@ -10,6 +10,7 @@ from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.models.modeling_utils import get_parameter_dtype
 from torch import Tensor, nn
 
+from .engines import OpenVINOEngine, engine_or
 from .latent_space import LatentSpace
 from .networks.blocks import BlockNetwork
 from .tiling import decode_tiled
@@ -28,10 +29,11 @@ class DecoderSocket(nn.Module):
     matrix: Tensor
     offset: Tensor
 
-    def __init__(self, network: BlockNetwork, space: LatentSpace, vae: nn.Module, family: str) -> None:
+    def __init__(self, network: BlockNetwork, space: LatentSpace, vae: nn.Module, family: str, engine: OpenVINOEngine | None = None) -> None:
         super().__init__()
         self.network = network
         self.family = family
+        self.engine = engine
         self.use_tiling = False
         self.tile_size = 128
         matrix, offset = _undo_post_quant_conv(vae, space)
@@ -44,9 +46,10 @@ class DecoderSocket(nn.Module):
         z = z.float().to(self.matrix.device)
         scaled = (z[:, None] * self.matrix[:, :, None, None]).sum(2) + self.offset[:, None, None]
         scaled = scaled.to(get_parameter_dtype(self.network))  # under layerwise casting not the parameters' own (CONTRACT 7.8)
+        network = engine_or(self.network, self.engine, scaled)
         if self.use_tiling:
-            return decode_tiled(self.network, scaled, num_frames, self.tile_size)
-        return self.network(scaled, num_frames)
+            return decode_tiled(network, scaled, num_frames, self.tile_size)
+        return network(scaled, num_frames)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "DecoderSocket":
         matrix, offset = self.matrix, self.offset

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .engines import OpenVINOEngine
 from .networks.blocks import BlockNetwork
 from .strips import SPATIAL_FACTOR, Unsupported, decode_strips
 
 
-def decode_tiled(network: BlockNetwork, z: Tensor, num_frames: int | None, tile_size: int) -> Tensor:
+def decode_tiled(network: BlockNetwork | OpenVINOEngine, z: Tensor, num_frames: int | None, tile_size: int) -> Tensor:
     """Scaled latents (N, C, h, w) to pictures (N, 3, 8h, 8w), about `tile_size` x `tile_size` latents at a time.
 
     Strips of as many latents cost no more arithmetic than the whole decode, and are exact. Where they cannot be had, a tile is decoded together with the latents its pixels can see (`BlockNetwork.halo`) and cut back, so that nothing is
@@ -21,6 +22,8 @@ def decode_tiled(network: BlockNetwork, z: Tensor, num_frames: int | None, tile_
     if tile_size >= max(height, width):
         return network(z, num_frames)
     try:
+        if isinstance(network, OpenVINOEngine):
+            raise Unsupported  # it is compiled as a whole
         return decode_strips(network, z, max(1, tile_size**2 // min(height, width)))
     except Unsupported:
         pass
@@ -53,7 +56,7 @@ def _spans(length: int, size: int, step: int | None = None) -> Iterator[tuple[in
             return
 
 
-def _blended(network: BlockNetwork, z: Tensor, num_frames: int | None, tile_size: int) -> Tensor:
+def _blended(network: BlockNetwork | OpenVINOEngine, z: Tensor, num_frames: int | None, tile_size: int) -> Tensor:
     warnings.warn(
         f"{type(network).__name__} sees the whole picture, so its tiles differ from the untiled picture; overlaps are blended. "
         "Decode without tiling, or use a decoder with a finite receptive field, for exact tiles.",

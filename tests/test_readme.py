@@ -31,12 +31,12 @@ def test_code_blocks_run_one_after_the_other(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(DiffusionPipeline, "from_pretrained", classmethod(load))
     tiny.picture().save("photo.jpg")
     pipe = tiny.sdxl()
-    names: dict[str, object] = {"pipe": pipe, "original_vae": tiny.kl()}
+    names: dict[str, object] = {"pipe": pipe, "original_vae": tiny.kl(), "latents": tiny.latents()}
     for code in blocks("python"):
         if "from_pretrained(" not in code.split("FastDecoder")[0]:  # blocks that go on with a pipeline
             names["pipe"] = tiny.sdxl()
-        # What only a GPU does quickly: its device, its dtype, a full-size picture.
-        code = code.replace('"cuda"', '"cpu"').replace("torch.float16", "torch.float32").replace("(1024, 576)", "(64, 64)")
+        # What only a GPU does quickly: its device, its dtype, a full-size picture; and compilation.
+        code = code.replace('optimize("compile")', "optimize()").replace('"cuda"', '"cpu"').replace("torch.float16", "torch.float32").replace("(1024, 576)", "(64, 64)")
         code = code.replace('snow")', 'snow", height=64, width=64, num_inference_steps=2)').replace(
             "(64, 64)))", "(64, 64)), height=64, width=64, num_frames=2, num_inference_steps=2)"
         )

@@ -34,6 +34,7 @@ class Mode(StrEnum):
     compiled = "compiled"
     tiled = "tiled"
     graph = "graph"
+    openvino = "openvino"
 
 
 
@@ -56,7 +57,7 @@ def bench(
         typer.Option(help="Number formats; by default float32 and what fld check finds faster.", show_default=False),
     ] = None,
     layout: Annotated[list[Layout], typer.Option(help="Memory layouts.")] = [Layout.channels_last],  # noqa: B006
-    mode: Annotated[list[Mode], typer.Option(help="Ways to run; graph is a CUDA graph.")] = [Mode.eager],  # noqa: B006
+    mode: Annotated[list[Mode], typer.Option(help="Ways to run; graph is a CUDA graph, openvino another engine for CPUs.")] = [Mode.eager],  # noqa: B006
     tile_size: Annotated[int, typer.Option(min=1, help="Side of a tile in latents, for --mode tiled.")] = 64,
     repeats: Annotated[int, typer.Option(min=1, help="Measured calls of each row.")] = 7,
     budget: Annotated[float, typer.Option(min=0, help="Seconds for a row; slower ones get fewer repeats.")] = 10.0,

@@ -29,7 +29,7 @@ def find_device(name: DeviceName) -> str:
     return name
 
 
-def load_decoder(name: str, device: str = "cpu", dtype: DtypeName = "float32") -> "FastDecoder":
+def load_decoder(name: str, device: str = "cpu", dtype: DtypeName = "float32", backend: str = "torch") -> "FastDecoder":
     """A preset, folder or Hub id, ready on `device`; wrong usage if it cannot be loaded.
 
     dtype "auto" measures what is fastest. Together with device "auto" it also sees whether the best device gives the CPU's
@@ -48,6 +48,11 @@ def load_decoder(name: str, device: str = "cpu", dtype: DtypeName = "float32") -
     except Exception as error:  # noqa: BLE001 - broken folders make diffusers and safetensors raise what they like
         wrong_usage(f"--decoder {name}: {' '.join(str(error).split()) or type(error).__name__}")
     decoder.eval().requires_grad_(False)
+    if backend == "openvino":
+        try:
+            return decoder.to("cpu" if device == "auto" else device).optimize("openvino", None if dtype == "auto" else getattr(torch, dtype))
+        except (ImportError, ValueError) as error:
+            wrong_usage(f"--backend openvino: {error}")
     place = find_device("auto") if device == "auto" else device
     if dtype != "auto":
         chosen = getattr(torch, dtype)

@@ -47,6 +47,8 @@ def task_of(case: Case, subject: Subject, device: str, *, in_place: bool = False
     z = latents(subject, case).to(device, dtype).contiguous(memory_format=getattr(torch, case.layout))
     if case.mode == "tiled":
         _tile(model, case.tile)
+    if case.mode == "openvino":
+        _hand_over(model, dtype)
     if case.mode == "compiled":
         model.decoder = torch.compile(model.decoder, fullgraph=True, dynamic=False)
 
@@ -72,6 +74,17 @@ def _tile(model: Any, tile: int) -> None:
         raise RuntimeError(f"{type(model).__name__} has no tiles") from None
     if hasattr(model, "tile_latent_min_size"):
         model.tile_latent_min_size, model.tile_sample_min_size = tile, tile * 8
+
+
+def _hand_over(model: Any, dtype: torch.dtype) -> None:
+    """To OpenVINO's engine."""
+    optimize = getattr(model, "optimize", None)
+    if optimize is None:
+        raise RuntimeError(f"{type(model).__name__} has no engine but torch's")
+    try:
+        optimize("openvino", dtype)
+    except (ImportError, ValueError) as error:
+        raise RuntimeError(str(error)) from None
 
 
 def _captured(call: Callable[[], Tensor]) -> Task:
