@@ -69,7 +69,10 @@ class Maps:
 
 
 class Lesson:
-    """Two calls: `latents` to be decoded beside the batch, and `terms` for what became of them."""
+    """Two calls: `latents` to be decoded beside the batch, and `terms` for what became of them.
+
+    Latents as they are ("real") are decoded with the batch already: they are not decoded twice.
+    """
 
     def __init__(self, c: Teacher, space: LatentSpace, network: nn.Module, device: torch.device) -> None:
         assert c.path is not None
@@ -78,14 +81,16 @@ class Lesson:
         self.maps = (Maps(network), Maps(self.network)) if c.features else None
 
     def latents(self, z: Tensor, frames: int, step: int, seed: int) -> Tensor:
-        """A share of the batch's clips, as they are, noisy, mixed with each other or recoloured: (n, C, h, w)."""
+        """A share of the batch's clips, noisy, mixed with each other or recoloured: (n, C, h, w); none where they stay as they are."""
+        kind = self.c.latents[step % len(self.c.latents)]
+        if kind == "real":
+            return z[:0]
         generator = torch.Generator().manual_seed(seed)
         clips = z.unflatten(0, (-1, frames))
         order = torch.randperm(len(clips), generator=generator)
-        count = max(1, round(len(clips) * self.c.share))
+        count = self.count(len(clips))
         chosen = clips[order[:count]]
         each = (len(chosen), 1, 1, 1, 1)
-        kind = self.c.latents[step % len(self.c.latents)]
         if kind == "noisy":
             sigma = 0.5 * torch.rand(each, generator=generator)
             chosen = chosen + (sigma * torch.randn(chosen.shape, generator=generator)).to(z)
@@ -97,8 +102,19 @@ class Lesson:
             chosen = chosen * scale.to(z) + shift.to(z)
         return chosen.flatten(0, 1).contiguous(memory_format=torch.channels_last)
 
-    def terms(self, decoded: Tensor, z: Tensor) -> dict[str, Tensor]:
-        """The distances to the teacher's pictures and maps of the same latents; weights are the configuration's."""
+    def count(self, clips: int) -> int:
+        return max(1, round(clips * self.c.share))
+
+    def terms(self, decoded: Tensor, z: Tensor, frames: int, own: Tensor, own_z: Tensor) -> dict[str, Tensor]:
+        """The distances to the teacher's pictures and maps of the same latents; weights are the configuration's.
+
+        Args:
+            decoded, z: pictures and latents of `latents`, if there were any.
+            own, own_z: those of the batch, whose last clips are taken where there were none.
+        """
+        if not len(z):
+            count = self.count(len(own) // frames) * frames
+            decoded, z = own[-count:], own_z[-count:].contiguous(memory_format=torch.channels_last)
         mine = self.maps[0].take(z.shape[-1]) if self.maps else []
         with torch.no_grad():
             taught = self.network(z).float()
