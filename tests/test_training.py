@@ -175,9 +175,9 @@ def assert_same(a: Any, b: Any, place: str = "checkpoint") -> None:
         assert a == b, place
 
 
-def run(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The trainer in this process, in float32."""
-    monkeypatch.setattr(module("train"), "mixed_precision", lambda *_: "no")
+def run(*arguments: str, monkeypatch: pytest.MonkeyPatch, precision: str = "no") -> None:
+    """The trainer in this process, in float32 unless told otherwise."""
+    monkeypatch.setattr(module("train"), "mixed_precision", lambda *_: precision)
     monkeypatch.setattr(sys, "argv", ["train.py", "--config", *arguments])
     module("train").main()
 
@@ -232,6 +232,12 @@ def test_muon_takes_the_inner_convolutions(tmp_path: Path) -> None:
     adamw.step()
     assert not any(torch.equal(value, before[name]) for name, value in network.named_parameters() if value.grad.abs().max() > 0)
     assert {name: value.data_ptr() for name, value in network.named_parameters()} == places
+
+
+def test_a_run_under_autocast_exports_what_it_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The export is compared with the network, which must be out of autocast's wrapping by then."""
+    run(config(tmp_path, "half"), "steps=2", "save_every=2", "gan.weight=0", monkeypatch=monkeypatch, precision="bf16")
+    assert json.loads((tmp_path / "half/export/run.json").read_text())["starts"][0]["precision"] == "bf16"
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -283,6 +283,7 @@ def main() -> None:
         told = "; ".join(f"{name} ({count} times)" for name, count in shards.skipped.most_common(5))
         print(f"process {rank} skipped {sum(shards.skipped.values())} samples: {told}")
     accelerator.end_training()
+    accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)  # or the decoder would keep computing under autocast
     if accelerator.is_main_process:
         network.load_state_dict(ema)
         if c.branches:
