@@ -1,6 +1,7 @@
 """Other engines than torch for a decoder's network (issue 12). An engine holds the weights as they were when it was made."""
 
 import copy
+import functools
 import warnings
 from typing import Any, Self
 
@@ -8,6 +9,24 @@ import torch
 from torch import Tensor
 
 from .networks.blocks import BlockNetwork
+
+
+@functools.cache
+def openvino_core() -> Any:
+    """OpenVINO's Core, one for the whole process, never freed.
+
+    Each Core gives its thread an alternate signal stack, and on its end unmaps it and restores the one before. Freed in another
+    order than they were made, they leave a stack that is gone, and the next signal with a handler ends the process: SIGCHLD, once
+    a torch DataLoader has had workers.
+
+    Raises:
+        ImportError: OpenVINO is missing; the message names the extra.
+    """
+    try:
+        import openvino
+    except ImportError as error:
+        raise ImportError("the backend openvino needs OpenVINO: pip install 'fast-latent-decoders[export]'") from error
+    return openvino.Core()
 
 
 class OpenVINOEngine:
@@ -24,14 +43,12 @@ class OpenVINOEngine:
     """
 
     def __init__(self, network: BlockNetwork, channels: int, dtype: torch.dtype | None = None) -> None:
-        try:
-            import openvino
-        except ImportError as error:
-            raise ImportError("the backend openvino needs OpenVINO: pip install 'fast-latent-decoders[export]'") from error
+        core = openvino_core()
+        import openvino
+
         if any(getattr(layer, "temporal", False) for layer in network.modules()):
             raise ValueError(f"{type(network).__name__} mixes the frames of a clip, which the backend openvino cannot; use the backend torch")
-        self._core = openvino.Core()
-        native = "BF16" in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        native = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         self.dtype = dtype or (torch.bfloat16 if native else torch.float32)
         if self.dtype not in (torch.float32, torch.bfloat16) or (self.dtype == torch.bfloat16 and not native):
             fitting = "float32 or bfloat16" if native else "float32"
@@ -50,7 +67,7 @@ class OpenVINOEngine:
         if threads not in self._compiled:
             precision = {torch.float32: "f32", torch.bfloat16: "bf16"}[self.dtype]
             options = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads}
-            self._compiled[threads] = self._core.compile_model(self._model, "CPU", options)
+            self._compiled[threads] = openvino_core().compile_model(self._model, "CPU", options)
         result = self._compiled[threads](z.detach().float().contiguous().numpy(), share_inputs=True)[0]
         return torch.from_numpy(result).to(z.dtype)
 
