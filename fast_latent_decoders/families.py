@@ -33,10 +33,11 @@ class SubpixelDecoder(FastDecoder):
         widths: channels at 1/8, 1/4 and 1/2 of the picture's resolution.
         blocks: residual blocks at each.
         convs: 3x3 convolutions in each block.
+        block: "residual", or "tae" for TAESD's, which end in a ReLU.
     """
 
-    _no_split_modules: ClassVar = ["ResidualBlock"]
-    _repeated_blocks: ClassVar = ["ResidualBlock"]
+    _no_split_modules: ClassVar = ["ResidualBlock", "TAEBlock"]
+    _repeated_blocks: ClassVar = ["ResidualBlock", "TAEBlock"]
 
     @register_to_config
     def __init__(
@@ -44,6 +45,7 @@ class SubpixelDecoder(FastDecoder):
         widths: Sequence[int] = (192, 96, 48),
         blocks: Sequence[int] = (8, 3, 2),
         convs: int = 2,
+        block: str = "residual",
         latent_space: str = "sdxl",
         latent_channels: int | None = None,
         scaling_factor: float | None = None,
@@ -53,7 +55,7 @@ class SubpixelDecoder(FastDecoder):
         force_upcast: bool = False,
     ) -> None:
         super().__init__()
-        self._set_up(SubpixelNetwork(_channels(latent_space, latent_channels), widths, blocks, convs))
+        self._set_up(SubpixelNetwork(_channels(latent_space, latent_channels), widths, blocks, convs, block))
 
 
 class TAEDecoder(FastDecoder):

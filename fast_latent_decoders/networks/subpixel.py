@@ -5,24 +5,35 @@ is a convolution followed by a pixel shuffle, and no layer normalises: tiles can
 through a statistic.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import nn
 
 from .blocks import BlockNetwork, ResidualBlock, SubpixelUp
+from .tae import TAEBlock
+
+BLOCKS: dict[str, Callable[[int, int], nn.Module]] = {"residual": ResidualBlock, "tae": TAEBlock}
 
 
 class SubpixelNetwork(BlockNetwork):
-    """Three stages of residual blocks at 1/8, 1/4 and 1/2 of the picture's resolution."""
+    """Three stages of residual blocks at 1/8, 1/4 and 1/2 of the picture's resolution.
 
-    def __init__(self, latent_channels: int, widths: Sequence[int], blocks: Sequence[int], convs: int) -> None:
+    `block` "tae" takes TAESD's blocks, which end in a ReLU, and a ReLU before the first: so a TAE's stages fit (training/shorten.py).
+    """
+
+    def __init__(
+        self, latent_channels: int, widths: Sequence[int], blocks: Sequence[int], convs: int, block: str = "residual"
+    ) -> None:
         if len(widths) != 3 or len(blocks) != 3 or min(*widths, *blocks) < 1 or convs < 1:
             raise ValueError(
                 "expected three widths and three block counts (for 1/8, 1/4 and 1/2 resolution) and convs, all at least 1; "
                 f"got widths {tuple(widths)}, blocks {tuple(blocks)}, convs {convs}"
             )
+        if block not in BLOCKS:
+            raise ValueError(f"expected block to be one of {', '.join(BLOCKS)}; got {block!r}")
         layers: list[nn.Module] = [nn.Conv2d(latent_channels, widths[0], 3, padding=1)]
+        layers += [nn.ReLU()] if block == "tae" else []
         for width, count, following in zip(widths, blocks, [*widths[1:], 3], strict=True):
-            layers += [ResidualBlock(width, convs) for _ in range(count)]
+            layers += [BLOCKS[block](width, convs) for _ in range(count)]
             layers += [SubpixelUp(width, following)]
         super().__init__(layers)

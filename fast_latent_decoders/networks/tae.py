@@ -51,17 +51,15 @@ class TAENetwork(BlockNetwork):
 
 
 class TAEBlock(Residual):
-    """relu(x + conv(relu(conv(relu(conv(x)))))), all 3x3 at one width."""
+    """relu(x + conv(relu(... conv(x)))), all 3x3 at one width; three convolutions in every TAE."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, convs: int = 3) -> None:
         super().__init__()
-        self.conv = nn.Sequential(
-            nn.Conv2d(width, width, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(width, width, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(width, width, 3, padding=1),
-        )
+        layers: list[nn.Module] = []
+        for i in range(convs):
+            layers += [nn.ReLU()] if i else []
+            layers += [nn.Conv2d(width, width, 3, padding=1)]
+        self.conv = nn.Sequential(*layers)
         self.relu = nn.ReLU()
 
     def join(self, x: Tensor, residual: Tensor) -> Tensor:

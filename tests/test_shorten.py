@@ -1,0 +1,88 @@
+"""A Subpixel decoder that begins as the first stages of a TAE."""
+
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from PIL import Image
+from skimage import data
+from torch import nn
+
+from fast_latent_decoders import FastDecoder, SubpixelDecoder, TAEDecoder
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def shorten(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    monkeypatch.syspath_prepend(str(ROOT / "training"))
+    before = set(sys.modules)
+    yield importlib.import_module("shorten")
+    for name in set(sys.modules) - before:
+        if str(ROOT / "training") in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
+def test_what_the_head_sees_is_the_sources(shorten: ModuleType) -> None:
+    """Away from the borders, where folded upsampling may differ from the second stage on."""
+    source, z = TAEDecoder(width=8, blocks=(2, 1, 2, 1)), torch.randn(1, 4, 24, 24)
+    short = shorten.shorten(source, (2, 1, 2))
+    assert short.config.widths == [8, 8, 8]
+    seen: list[torch.Tensor] = []
+    short.decoder.layers[-1].register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
+    ups = [layer for layer in source.decoder.layers if isinstance(layer, nn.Upsample)]
+    ups[-1].register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
+    with torch.no_grad():
+        short.decoder(z)
+        source.decoder(z)
+    mine, theirs = seen
+    assert mine.shape == theirs.shape == (1, 8, 96, 96)
+    torch.testing.assert_close(mine[..., 4:-4, 4:-4], theirs[..., 4:-4, 4:-4], rtol=0, atol=1e-5)
+
+
+def test_blocks_are_left_out_from_a_stages_end(shorten: ModuleType) -> None:
+    source = TAEDecoder(width=8, blocks=(3, 2, 2, 1))
+    short = shorten.shorten(source, (1, 2, 1))
+    blocks = [layer for layer in source.decoder.layers if type(layer).__name__ == "TAEBlock"]
+    kept = [layer for layer in short.decoder.layers if type(layer).__name__ == "TAEBlock"]
+    for mine, number in zip(kept, (0, 3, 4, 5), strict=True):
+        assert torch.equal(mine.conv[4].weight, blocks[number].conv[4].weight)
+
+
+def test_tiles_of_its_blocks_are_exact(shorten: ModuleType) -> None:
+    short, z = shorten.shorten(TAEDecoder(width=8, blocks=(1, 1, 1, 1)), (1, 1, 1)), torch.randn(1, 4, 21, 13)
+    with torch.no_grad():
+        whole = short.decode(z).sample
+        short.enable_tiling(5)
+        torch.testing.assert_close(short.decode(z).sample, whole, rtol=0, atol=1e-5)
+
+
+def test_what_cannot_be_shortened_is_an_error(shorten: ModuleType) -> None:
+    with pytest.raises(ValueError, match=r"from 1 to those of the source, \(1, 1, 1\), got \(2, 1, 1\)"):
+        shorten.shorten(TAEDecoder(width=8, blocks=(1, 1, 1, 1)), (2, 1, 1))
+    with pytest.raises(ValueError, match="upsamples nearest, got bilinear"):
+        shorten.shorten(TAEDecoder(width=8, upsampling="bilinear"), (1, 1, 1))
+    with pytest.raises(ValueError, match="expected block to be one of residual, tae; got 'vit'"):
+        SubpixelDecoder(block="vit")
+
+
+def test_the_command_writes_what_train_can_begin_with(shorten: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "pictures").mkdir()
+    Image.fromarray(data.astronaut()).save(tmp_path / "pictures" / "astronaut.png")
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"decoder: {{_class_name: SubpixelDecoder}}\nout: {tmp_path / 'run'}\nworkers: 0\n"
+        f"data: [{{path: {tmp_path / 'pictures'}}}]\nval: [{{path: {tmp_path / 'pictures'}}}]\n"
+    )
+    call = ["shorten.py", "taesdxl", str(tmp_path / "short"), "--config", str(config), "--crops", "8"]
+    monkeypatch.setattr(sys, "argv", call)
+    shorten.main()
+    assert float(capsys.readouterr().out.split(": ")[1].split(" dB")[0]) > 20
+    short = FastDecoder.from_pretrained(tmp_path / "short")
+    assert isinstance(short, SubpixelDecoder) and short.config.block == "tae"
+    with pytest.raises(SystemExit):
+        shorten.main()  # never writes over a folder

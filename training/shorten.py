@@ -1,0 +1,88 @@
+"""A Subpixel decoder that begins as the first stages of a TAE: what TAESDXL knows, without its full-resolution stage.
+
+    python training/shorten.py taesdxl training/runs/short --blocks 3 3 2 --config training/configs/laptop/subpixel-sdxl.yaml
+
+Stages at 1/8, 1/4 and 1/2 are copied, each upsampling folded into a sub-pixel convolution (grow.fold_upsampling); the head, which goes
+from 1/2 to the picture in one convolution, is fitted by least squares to the TAE's own pictures of the configuration's crops.
+The folder that it writes is an `init:` of train.py. It keeps the source's licence: say so in its card.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from config import read_config
+from data import Sources
+from grow import fit_last_layer, fold_upsampling
+from latents import Shards
+from running import sentences
+from torch import nn
+
+from fast_latent_decoders import SubpixelDecoder, TAEDecoder
+from fast_latent_decoders.evaluation.encoders import load_encoder
+from fast_latent_decoders.networks.blocks import SubpixelUp
+from fast_latent_decoders.networks.tae import TAEBlock
+
+
+def shorten(source: TAEDecoder, blocks: Sequence[int]) -> SubpixelDecoder:
+    """The first `blocks` of the source's blocks at 1/8, 1/4 and 1/2; what follows them there is left out, and the head is new.
+
+    Raises:
+        ValueError: more blocks than the source has, or bilinear upsampling, which no 3x3 sub-pixel convolution equals.
+    """
+    most = tuple(source.config.blocks[:3])
+    if len(blocks) != 3 or any(not 1 <= mine <= theirs for mine, theirs in zip(blocks, most, strict=True)):
+        raise ValueError(f"expected three block counts from 1 to those of the source, {most}, got {tuple(blocks)}")
+    if source.config.upsampling != "nearest":
+        raise ValueError(f"expected a source that upsamples nearest, got {source.config.upsampling}")
+    shared = {name: source.config[name] for name in ("latent_space", "latent_channels", "scaling_factor", "shift_factor", "encoder")}
+    target = SubpixelDecoder([source.config.width] * 3, tuple(blocks), 3, "tae", **shared)
+    stages: list[list[nn.Module]] = [[]]
+    for layer in fold_upsampling(source.decoder).layers:
+        if isinstance(layer, nn.PixelShuffle):
+            stages.append([])
+        else:
+            stages[-1].append(layer)
+    kept: list[nn.Module] = []
+    for stage, count in zip(stages, blocks, strict=False):
+        theirs = [layer for layer in stage if isinstance(layer, TAEBlock)]
+        kept += [layer for layer in stage if layer not in theirs[count:]]
+    # The last one leads to full resolution: the head stands in its place.
+    for mine, layer in zip(list(target.decoder.layers)[:-1], kept[:-1], strict=True):
+        weights = layer.state_dict()
+        if isinstance(mine, SubpixelUp):
+            weights = {"0.weight": weights["weight"], "0.bias": torch.zeros(len(weights["weight"]))}
+        mine.load_state_dict(weights)
+    return target
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", help="preset or folder of a TAEDecoder")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--blocks", type=int, nargs=3, default=(3, 3, 3), metavar="N", help="at 1/8, 1/4 and 1/2 of the resolution")
+    parser.add_argument("--config", required=True, help="YAML file of train.py: its crops and their latents")
+    parser.add_argument("--crops", type=int, default=256, help="that the head is fitted to")
+    arguments = parser.parse_args()
+    if arguments.out.exists():
+        parser.error(f"{arguments.out} exists: give another folder")
+    c = read_config(arguments.config, [f"shard={arguments.crops}", "stages=[{crop: 128}]"])
+    with sentences():
+        source = TAEDecoder.from_pretrained(arguments.source).float()
+        target = shorten(source, arguments.blocks)
+        encoder = load_encoder(c.encoder, c.stand_in, source)
+        shard = Shards(c, {"pictures": Sources(c.data, "pictures", c.seed)}, encoder, Accelerator(cpu=True)).get(0, "pictures", 0)
+    z, _, _ = shard.draw(c, torch.arange(len(shard.latents)), c.seed)
+    with torch.inference_mode():
+        taught = torch.cat([source.decoder(part) for part in z.split(8)])
+    fit_last_layer(target.decoder, z, taught)
+    with torch.inference_mode():
+        error = torch.cat([target.decoder(part) for part in z.split(8)]) - taught
+    target.save_pretrained(arguments.out)
+    print(f"{arguments.out}: {10 * (4 / error.square().mean()).log10():.2f} dB to the source's pictures of {len(z)} crops")
+
+
+if __name__ == "__main__":
+    main()
