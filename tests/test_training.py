@@ -21,6 +21,7 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import save_file
@@ -173,6 +174,14 @@ def assert_same(a: Any, b: Any, place: str = "checkpoint") -> None:
             assert_same(*pair, f"{place}.{i}")
     else:
         assert a == b, place
+
+
+@pytest.fixture(autouse=True)
+def _accelerate_begins_anew() -> Iterator[None]:
+    """A run's number format would stay for the whole process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def run(*arguments: str, monkeypatch: pytest.MonkeyPatch, precision: str = "no") -> None:
