@@ -70,17 +70,22 @@ class Residual(nn.Module):
         return x + residual
 
 
+def convolutions(width: int, count: int) -> nn.Sequential:
+    """3x3 convolutions at one width, a ReLU between any two."""
+    layers: list[nn.Module] = []
+    for i in range(count):
+        layers += [nn.ReLU()] if i else []
+        layers += [nn.Conv2d(width, width, 3, padding=1)]
+    return nn.Sequential(*layers)
+
+
 class ResidualBlock(Residual):
     """x + conv(relu(... conv(x))), all 3x3 at one width; the last convolution starts at zero, so a new block is the identity."""
 
     def __init__(self, width: int, convs: int) -> None:
         super().__init__()
-        layers: list[nn.Module] = []
-        for i in range(convs):
-            layers += [nn.ReLU()] if i else []
-            layers += [nn.Conv2d(width, width, 3, padding=1)]
-        zero_init(layers[-1])
-        self.conv = nn.Sequential(*layers)
+        self.conv = convolutions(width, convs)
+        zero_init(self.conv[-1])
 
 
 def zero_init(module: nn.Module) -> nn.Module:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from .blocks import BlockNetwork, Residual
+from .blocks import BlockNetwork, Residual, convolutions
 
 UPSAMPLINGS = ("nearest", "bilinear")
 
@@ -55,11 +55,7 @@ class TAEBlock(Residual):
 
     def __init__(self, width: int, convs: int = 3) -> None:
         super().__init__()
-        layers: list[nn.Module] = []
-        for i in range(convs):
-            layers += [nn.ReLU()] if i else []
-            layers += [nn.Conv2d(width, width, 3, padding=1)]
-        self.conv = nn.Sequential(*layers)
+        self.conv = convolutions(width, convs)
         self.relu = nn.ReLU()
 
     def join(self, x: Tensor, residual: Tensor) -> Tensor:
