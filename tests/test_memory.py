@@ -40,7 +40,9 @@ print(peak() - before)
 def peak(way: str, tile_size: int) -> float:
     """Megabytes (2**20) above what imports, weights and a small decode take, in a process of its own; tile size 0: whole."""
     root = Path(fast_latent_decoders.__file__).parents[1]
-    environment = {**os.environ, "PYTHONPATH": str(root)}
+    # Blocks of a megabyte and more go back at once: how many of them glibc keeps otherwise (up to 32 MB each, and the more the later)
+    # differs from run to run by as much as a strip takes.
+    environment = {**os.environ, "PYTHONPATH": str(root), "MALLOC_MMAP_THRESHOLD_": str(2**20)}
     command = [sys.executable, "-c", MEASURE, way, str(tile_size)]
     result = subprocess.run(command, check=True, env=environment, cwd=root, capture_output=True, text=True)
     return float(result.stdout.split()[-1])

@@ -286,7 +286,6 @@ def test_a_run_that_is_asked_to_end_saves_and_goes_on(tmp_path: Path, monkeypatc
         while not log.exists() or log.read_text().count('"samples"') < len(at):
             assert process.poll() is None, process.communicate()[0]
             time.sleep(0.2)
-        time.sleep(1)  # the data have been told of; the loop begins
         os.killpg(process.pid, number)
         said = process.communicate(timeout=120)[0]
         at.append(torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["step"])

@@ -180,6 +180,8 @@ def main() -> None:
             loss = loss + (1.0 if c.gan.normalised else c.gan.weight * ratio) * terms["gan"].float()
         return loss, terms, decoded
 
+    asked_to_stop = stop_requested()
+
     # What is written: checkpoints, a log of JSON lines, trackers, pictures.
     log = (out / "log.jsonl").open("a")
 
@@ -223,7 +225,6 @@ def main() -> None:
 
     seen: dict[str, float] = {}
     crops, since = 0, time.perf_counter()
-    asked_to_stop = stop_requested()
     bar = tqdm(initial=step, total=c.steps, disable=None if accelerator.is_main_process else True, dynamic_ncols=True)
     while step < c.steps:
         number, kind, which, rows = turn(c, shards, step)
