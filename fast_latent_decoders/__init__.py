@@ -4,9 +4,9 @@
 from diffusers import ModelMixin as ModelMixin
 
 from .decoder import FastDecoder
-from .families import EfficientViTDecoder, SubpixelDecoder, TAEDecoder, TAETemporalDecoder
+from .families import EfficientViTDecoder, SubpixelDecoder, SubpixelTemporalDecoder, TAEDecoder, TAETemporalDecoder
 from .latent_space import SD, SDXL, LatentSpace
-from .pipelines import restore_decoder, swap_decoder
+from .pipelines import restore_decoder, stream_frames, swap_decoder
 from .presets import presets
 
 __all__ = [
@@ -16,9 +16,11 @@ __all__ = [
     "FastDecoder",
     "LatentSpace",
     "SubpixelDecoder",
+    "SubpixelTemporalDecoder",
     "TAEDecoder",
     "TAETemporalDecoder",
     "presets",
     "restore_decoder",
+    "stream_frames",
     "swap_decoder",
 ]

@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -15,7 +16,7 @@ from . import presets
 from .encoder import encoder_part, load_tiny_encoder
 from .engines import OpenVINOEngine, engine_or
 from .latent_space import LatentSpace, latent_space
-from .networks.blocks import BlockNetwork
+from .networks.blocks import BlockNetwork, State, frames_of
 from .socket import DecoderSocket, plug
 from .tiling import SPATIAL_FACTOR, decode_tiled
 
@@ -67,6 +68,8 @@ class FastDecoder(ModelMixin, AutoencoderMixin, ConfigMixin):
             block_out_channels=channels,
             latent_channels=self.latent_space.channels,
             scaling_factor=self.latent_space.scaling_factor,
+            # diffusers takes arguments given by position for defaults, and `from_config`, so `inside`, would drop them.
+            _use_default_values=[],
         )
         self.decoder = network
         self.use_slicing = False
@@ -107,6 +110,14 @@ class FastDecoder(ModelMixin, AutoencoderMixin, ConfigMixin):
         return self._output(z, return_dict, num_frames)
 
     def _output(self, z: Tensor, return_dict: bool, num_frames: int | None) -> DecoderOutput | tuple[Tensor]:
+        scaled = self._scaled(z)
+        step = max(1, num_frames or 1) if self.use_slicing else len(scaled)
+        parts = [self._decode(part, num_frames) for part in scaled.split(step)] if step < len(scaled) else [self._decode(scaled, num_frames)]
+        sample = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+    def _scaled(self, z: Tensor) -> Tensor:
+        """Latents in VAE units to the scaled ones of the network's device and dtype. Raises ValueError as `decode`."""
         channels = self.config.latent_channels
         if z.ndim != 4 or z.shape[1] != channels or not z.is_floating_point():
             raise ValueError(
@@ -116,17 +127,39 @@ class FastDecoder(ModelMixin, AutoencoderMixin, ConfigMixin):
         if self.device.type != "meta":  # under sequential offload the hooks move what they need (CONTRACT 7.6)
             z = z.to(self.device)
         space = self.latent_space
-        scaled = ((z.float() - space.shift_factor) * space.scaling_factor).to(self.dtype)
-        step = max(1, num_frames or 1) if self.use_slicing else len(scaled)
-        parts = [self._decode(part, num_frames) for part in scaled.split(step)] if step < len(scaled) else [self._decode(scaled, num_frames)]
-        sample = torch.cat(parts) if len(parts) > 1 else parts[0]
-        return DecoderOutput(sample=sample) if return_dict else (sample,)
+        return ((z.float() - space.shift_factor) * space.scaling_factor).to(self.dtype)
 
     def _decode(self, scaled: Tensor, num_frames: int | None) -> Tensor:
         network = engine_or(self.decoder, self._engine, scaled)
         if self.use_tiling:
             return decode_tiled(network, scaled, num_frames, self.tile_size)
         return network(scaled, num_frames)
+
+    @apply_forward_hook
+    @torch.no_grad()
+    def decode_stream(self, latents: Tensor | Iterable[Tensor], state: State | None = None) -> Iterator[tuple[Tensor, State]]:
+        """The frames of a clip one after the other, equal to those of the whole clip's `decode`, in the memory of a frame.
+
+            for frame, state in decoder.decode_stream(latents):
+                ...  # decode_stream(more_latents, state) goes on where this one ended
+
+        Nothing is kept between calls but what the caller keeps: `state` is small, and any of those given out can be gone on from.
+        Without gradients; by torch, frames whole, whatever the engine and tiling.
+
+        Args:
+            latents: in VAE units, of one clip (frames, C, h, w) or of several (clips, frames, C, h, w); or an iterable of either, in order.
+            state: of the frame before the first one; None: there is none.
+
+        Yields:
+            The frame (clips, 3, 8h, 8w), nominally in [-1, 1], not clamped, in the module's dtype; and the state after it.
+
+        Raises:
+            TypeError: the family mixes frames in a way that needs the whole clip.
+            ValueError: latents of another shape, or a state of other clips.
+        """
+        for frame in frames_of(latents):
+            sample, state = self.decoder.stream(self._scaled(frame), 1, state)
+            yield sample, state
 
     def decode_bytes(self, z: Tensor, num_frames: int | None = None) -> Tensor:
         """Latents to pictures that are ready to be saved: what diffusers' image processor makes of `decode`, computed on the device.

@@ -15,6 +15,7 @@ from diffusers.configuration_utils import register_to_config
 from .decoder import FastDecoder
 from .latent_space import KNOWN
 from .networks.efficientvit import EfficientViTNetwork, PublishedEfficientViTNetwork
+from .networks.streaming import SubpixelTemporalNetwork
 from .networks.subpixel import SubpixelNetwork
 from .networks.tae import TAENetwork
 from .networks.temporal import TAETemporalNetwork
@@ -56,6 +57,41 @@ class SubpixelDecoder(FastDecoder):
     ) -> None:
         super().__init__()
         self._set_up(SubpixelNetwork(_channels(latent_space, latent_channels), widths, blocks, convs, block))
+
+
+class SubpixelTemporalDecoder(FastDecoder):
+    """Subpixel for clips, for SVD: some low-resolution blocks also see the frame before, and nothing sees the frames after (issue 13).
+
+    A `decode(z, num_frames=n)` call is one clip, or several, each with nothing before it. `decode_stream` gives frames as latents come,
+    equal to the whole clip's. Frames are mixed within one `decode` call only, so SVD's `decode_chunk_size` changes the picture: leave
+    it at its default, all frames, which takes no more memory.
+
+    Args:
+        widths, blocks, convs, block: as for `SubpixelDecoder`.
+        memory: how many of each stage's blocks, from its end, see the frame before.
+    """
+
+    _no_split_modules: ClassVar = [*SubpixelDecoder._no_split_modules, "MemoryResidualBlock", "MemoryTAEBlock"]
+    _repeated_blocks: ClassVar = _no_split_modules
+
+    @register_to_config
+    def __init__(
+        self,
+        widths: Sequence[int] = (128, 64, 64),
+        blocks: Sequence[int] = (3, 3, 2),
+        convs: int = 3,
+        block: str = "tae",
+        memory: Sequence[int] = (2, 2, 0),
+        latent_space: str = "sd",
+        latent_channels: int | None = None,
+        scaling_factor: float | None = None,
+        shift_factor: float | None = None,
+        encoder: str = "embedded",
+        block_out_channels: Sequence[int] | None = None,
+        force_upcast: bool = False,
+    ) -> None:
+        super().__init__()
+        self._set_up(SubpixelTemporalNetwork(_channels(latent_space, latent_channels), widths, blocks, convs, block, memory))
 
 
 class TAEDecoder(FastDecoder):

@@ -1,11 +1,14 @@
 """Socket B for pipelines: swap a VAE's decoder and put the original back."""
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
+from diffusers.models import UNetSpatioTemporalConditionModel
+from PIL.Image import Image
 from torch import nn
 
 from .decoder import FastDecoder
@@ -77,6 +80,38 @@ def restore_decoder(pipe: Any, original: nn.Module | None = None) -> None:
         if swapped.force_upcast:
             vae.register_to_config(force_upcast=True)
         del vae._swapped
+
+
+def stream_frames(pipe: Any, *args: Any, **kwargs: Any) -> Iterator[list[Image]]:
+    """Run a video pipeline and give its frames as they are decoded: ``for (frame,) in stream_frames(pipe, image, num_frames=25)``.
+
+    The clip is seamless whatever its length, and takes the memory of one frame. Decodes by `decode_stream`, one frame after the other,
+    where the pipeline's own `decode_chunk_size` cuts the clip into parts that do not know of each other (CONTRACT 3.2).
+
+    Args:
+        pipe: StableVideoDiffusionPipeline, or one of AnimateDiff's, whose VAE is a FastDecoder or has one inside (`swap_decoder`).
+        *args, **kwargs: the pipeline's own, but for `output_type`.
+
+    Yields:
+        A picture of each clip.
+
+    Raises:
+        TypeError: the pipeline decodes with something else, or with a decoder that needs the whole clip.
+    """
+    decoder = pipe.vae if isinstance(pipe.vae, FastDecoder) else pipe.vae.decoder
+    if not isinstance(decoder, FastDecoder | DecoderSocket):
+        raise TypeError(
+            f"this pipeline decodes with {type(decoder).__name__}, which cannot stream; "
+            'call swap_decoder(pipe, "subpixel-temporal-svd") first'
+        )
+    latents = pipe(*args, output_type="latent", **kwargs).frames
+    if not isinstance(pipe.unet, UNetSpatioTemporalConditionModel):
+        latents = latents.transpose(1, 2)  # AnimateDiff: (clips, C, frames, h, w)
+    if hook := getattr(pipe.vae, "_hf_hook", None):  # model offload would not see a call of the socket (CONTRACT 7.3)
+        hook.pre_forward(pipe.vae)
+    for sample, _ in decoder.decode_stream(latents / pipe.vae.config.scaling_factor):
+        yield pipe.video_processor.postprocess(sample, output_type="pil")
+    pipe.maybe_free_model_hooks()
 
 
 def _replace(vae: nn.Module, decoder: nn.Module) -> None:

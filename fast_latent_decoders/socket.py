@@ -1,6 +1,7 @@
 """Socket B: a decoder in the place of `vae.decoder`, inside AutoencoderKL or AutoencoderKLTemporalDecoder."""
 
 import inspect
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from .engines import OpenVINOEngine, engine_or
 from .latent_space import LatentSpace
-from .networks.blocks import BlockNetwork
+from .networks.blocks import BlockNetwork, State, frames_of
 from .tiling import decode_tiled
 
 # Methods that a VAE has of its own while a socket is in it.
@@ -42,14 +43,24 @@ class DecoderSocket(nn.Module):
 
     def forward(self, z: Tensor, image_only_indicator: Tensor | None = None, num_frames: int = 1) -> Tensor:
         """z (N, C, h, w) as the VAE hands it over -> (N, 3, 8h, 8w) in [-1, 1]. `image_only_indicator` is SVD's and unused."""
-        # Products and a sum, not a convolution: autocast and TF32 leave these in float32.
-        z = z.float().to(self.matrix.device)
-        scaled = (z[:, None] * self.matrix[:, :, None, None]).sum(2) + self.offset[:, None, None]
-        scaled = scaled.to(get_parameter_dtype(self.network))  # under layerwise casting not the parameters' own (CONTRACT 7.8)
+        scaled = self._scaled(z)
         network = engine_or(self.network, self.engine, scaled)
         if self.use_tiling:
             return decode_tiled(network, scaled, num_frames, self.tile_size)
         return network(scaled, num_frames)
+
+    @torch.no_grad()
+    def decode_stream(self, latents: Tensor | Iterable[Tensor], state: State | None = None) -> Iterator[tuple[Tensor, State]]:
+        """As `FastDecoder.decode_stream`, of what the VAE would hand over."""
+        for frame in frames_of(latents):
+            sample, state = self.network.stream(self._scaled(frame), 1, state)
+            yield sample, state
+
+    def _scaled(self, z: Tensor) -> Tensor:
+        # Products and a sum, not a convolution: autocast and TF32 leave these in float32.
+        z = z.float().to(self.matrix.device)
+        scaled = (z[:, None] * self.matrix[:, :, None, None]).sum(2) + self.offset[:, None, None]
+        return scaled.to(get_parameter_dtype(self.network))  # under layerwise casting not the parameters' own (CONTRACT 7.8)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "DecoderSocket":
         matrix, offset = self.matrix, self.offset

@@ -104,7 +104,7 @@ def open_strips(module: nn.Module, dim: int) -> Strips:
         if isinstance(module.padding, str) or module.stride[i] != 1 or 2 * int(module.padding[i]) != module.dilation[i] * (module.kernel_size[i] - 1):
             raise Unsupported
         return Convolution(module, dim)
-    if isinstance(module, Residual):
+    if isinstance(module, Residual) and not getattr(module, "temporal", False):
         return Skip(module, dim)
     if isinstance(module, nn.Sequential):
         return Chain(module, dim)

@@ -116,6 +116,12 @@ def test_the_published_efficientvit_decodes() -> None:
         assert fast.decode(tiny.latents(height=2, width=2)).sample.shape == (1, 3, 16, 16)
 
 
+def test_arguments_by_position_are_kept() -> None:
+    fast = SubpixelDecoder((16, 8, 8), (1, 1, 1), 1)
+    assert SubpixelDecoder.from_config(fast.config).config.widths == (16, 8, 8)
+    assert fast.inside(tiny.kl()).network.layers[0].out_channels == 16
+
+
 def test_num_frames_mixes_frames_only_in_temporal_families() -> None:
     z = tiny.latents("sd", n=3)
     assert torch.equal(tiny.decoder("tae", "sd").decode(z, num_frames=3).sample, tiny.decoder("tae", "sd").decode(z).sample)

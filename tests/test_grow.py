@@ -12,7 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fast_latent_decoders import EfficientViTDecoder, FastDecoder, SubpixelDecoder, TAEDecoder, TAETemporalDecoder
+from fast_latent_decoders import (
+    EfficientViTDecoder,
+    FastDecoder,
+    SubpixelDecoder,
+    SubpixelTemporalDecoder,
+    TAEDecoder,
+    TAETemporalDecoder,
+)
 from fast_latent_decoders.networks.blocks import BlockNetwork
 from fast_latent_decoders.tiling import decode_tiled
 
@@ -22,6 +29,7 @@ FAMILIES: dict[str, tuple[type[FastDecoder], dict[str, Any]]] = {
     "subpixel": (SubpixelDecoder, {"widths": (12, 8, 6), "blocks": (1, 1, 1), "convs": 3}),
     "efficientvit": (EfficientViTDecoder, {"widths": (32, 16, 8), "attention_blocks": 1, "residual_blocks": (1, 1)}),
     "temporal": (TAETemporalDecoder, {"width": 32, "blocks": (1, 1, 1, 1)}),
+    "streaming": (SubpixelTemporalDecoder, {"widths": (12, 8, 6), "blocks": (2, 1, 1), "memory": (1, 1, 0), "latent_space": "sdxl"}),
 }
 
 
@@ -68,6 +76,7 @@ GROWN = [
     ("efficientvit", {"widths": (64, 24, 16)}),
     ("efficientvit", {"widths": (96, 16, 16), "attention_blocks": 3, "residual_blocks": (2, 2)}),
     ("temporal", {"blocks": (2, 3, 1, 2)}),
+    ("streaming", {"widths": (20, 8, 7)}),
     ("temporal", {"blocks": (2, 2, 1, 2), "mid_block": "latent"}),
 ]
 

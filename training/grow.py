@@ -17,13 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fast_latent_decoders import FastDecoder, TAEDecoder, TAETemporalDecoder
+from fast_latent_decoders import FastDecoder, SubpixelDecoder, SubpixelTemporalDecoder, TAEDecoder, TAETemporalDecoder
 from fast_latent_decoders.networks.blocks import BlockNetwork, ResidualBlock, SubpixelUp, zero_init
 from fast_latent_decoders.networks.efficientvit import EfficientViTBlock
+from fast_latent_decoders.networks.streaming import MEMORY, Memory
 from fast_latent_decoders.networks.tae import TAEBlock
 from fast_latent_decoders.networks.temporal import TemporalMidBlock
 
 Network = TypeVar("Network", bound=nn.Module)
+FROM_PICTURES_TO_CLIPS = ((TAEDecoder, TAETemporalDecoder), (SubpixelDecoder, SubpixelTemporalDecoder))
 
 # ---------------------------------------------------------------- wider and deeper
 
@@ -31,7 +33,7 @@ Network = TypeVar("Network", bound=nn.Module)
 def grow(source: FastDecoder, target: FastDecoder, generator: torch.Generator | None = None) -> None:
     """Fill `target` with weights that compute `source`'s function, to float32's rounding; its own weights are lost.
 
-    `target` is of the same family (a TAETemporalDecoder may also grow from a TAEDecoder, frame-wise), and every width and
+    `target` is of the same family (or a temporal one, which then decodes frame by frame at first), and every width and
     block count is at least the source's. The same shape is a copy. The idea is Net2Net's (Chen et al. 2016), but new channels
     are no copies of old ones: they read through fresh weights, and nothing old reads them yet (zeros). That is exact, where
     copies stay copies under training unless noise, which is not exact, parts them; and it needs no bookkeeping along the
@@ -48,17 +50,17 @@ def grow(source: FastDecoder, target: FastDecoder, generator: torch.Generator | 
             untouched.
     """
     families = type(source), type(target)
-    if families[0] is not families[1] and families != (TAEDecoder, TAETemporalDecoder):
+    if families[0] is not families[1] and families not in FROM_PICTURES_TO_CLIPS:
         raise ValueError(
             f"expected a target of the source's family, {families[0].__name__}, got {families[1].__name__}; "
-            "only a TAEDecoder also grows into a TAETemporalDecoder"
+            "only a TAEDecoder also grows into a TAETemporalDecoder, and a SubpixelDecoder into a SubpixelTemporalDecoder"
         )
     if source.latent_space != target.latent_space:
         raise ValueError(f"expected a target for the source's latent space, {source.latent_space}, got {target.latent_space}")
     network = _fresh(target, generator)
     old, before = list(source.decoder.layers), None
     for i, layer in enumerate(network.layers):
-        if old and type(old[0]) is type(layer):
+        if old and type(layer) in (type(old[0]), MEMORY.get(type(old[0]))):
             _embed(old.pop(0), layer, i)
         elif isinstance(layer, TAEBlock):
             if not isinstance(before, (nn.ReLU, TAEBlock)):
@@ -115,7 +117,8 @@ def _embed(source: nn.Module, target: nn.Module, index: int) -> None:
         # An EfficientViT block joins two runs of channels, and splits into two: old ones come first in each.
         vit = isinstance(source, EfficientViTBlock)
         rows = 2 if vit and name.startswith(("feed_forward.expand.", "feed_forward.depthwise.")) else 1
-        columns = 2 if vit and name == "attention.out.weight" else 1
+        joined = isinstance(source, Memory) and name == "conv.0.weight"  # a frame and the one before; of a plain block only the first
+        columns = 2 if joined or (vit and name == "attention.out.weight") else 1
         new, old = mine[name], theirs[name].to(mine[name])
         if vit and name.endswith(("out.weight", "narrow.weight", "norm.weight")):
             # These feed, or are, an RMS norm: its mean must not change, over more channels, of which the new ones are zero.

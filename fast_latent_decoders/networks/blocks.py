@@ -3,16 +3,29 @@
 Conventions: tensors are (N, C, H, W); the input is scaled latents, the output pictures, nominally in [-1, 1], not clamped.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+State = list[Tensor]  # of a stream: what each block kept of the last frame, (clips, C, h, w)
+
 
 def squash(z: Tensor) -> Tensor:
     """Bound scaled latents to (-3, 3), TAESD's input convention (FACTS 2.2): whatever comes in, fp16 stays finite."""
     return 3 * torch.tanh(z / 3)
+
+
+def frames_of(latents: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
+    """Frame by frame (clips, C, h, w) of one clip (frames, C, h, w), several (clips, frames, C, h, w), or an iterable of either.
+
+    Raises ValueError for another shape.
+    """
+    for part in [latents] if isinstance(latents, Tensor) else latents:
+        if part.ndim not in (4, 5):
+            raise ValueError(f"expected latents (frames, C, h, w) or (clips, frames, C, h, w), got shape {tuple(part.shape)}")
+        yield from (part if part.ndim == 5 else part[None]).unbind(1)
 
 
 class BlockNetwork(nn.Module):
@@ -32,11 +45,23 @@ class BlockNetwork(nn.Module):
     def forward(self, z: Tensor, num_frames: int | None = None) -> Tensor:
         """Scaled latents (N, C, h, w) to pictures (N, 3, 8h, 8w)."""
         x = squash(z)
-        checkpoint = self._gradient_checkpointing_func if self.gradient_checkpointing and torch.is_grad_enabled() else None
         for layer in self.layers:
-            inputs = (x, num_frames) if getattr(layer, "temporal", False) else (x,)
-            x = checkpoint(layer, *inputs) if checkpoint else layer(*inputs)
+            x = self.call(layer, x, num_frames) if getattr(layer, "temporal", False) else self.call(layer, x)
         return self.to_picture(x)
+
+    def call(self, layer: nn.Module, *inputs: Any) -> Tensor:
+        """One layer, its activations computed again for the gradient where gradient checkpointing is on."""
+        checkpoint = self._gradient_checkpointing_func if self.gradient_checkpointing and torch.is_grad_enabled() else None
+        return checkpoint(layer, *inputs) if checkpoint else layer(*inputs)
+
+    def stream(self, z: Tensor, num_frames: int, state: State | None = None) -> tuple[Tensor, State]:
+        """The next `num_frames` frames of each clip, and what the frames after them need; `state` is that of the frames before.
+
+        Raises TypeError: the network cannot; ValueError: a state of other clips.
+        """
+        if not any(getattr(layer, "temporal", False) for layer in self.layers):
+            return self(z), []
+        raise TypeError(f"{type(self).__name__} needs the whole clip at once: decode(latents, num_frames=...)")
 
     def to_picture(self, x: Tensor) -> Tensor:
         """The last layer's output to [-1, 1]; the identity unless a family says otherwise."""

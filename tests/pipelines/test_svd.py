@@ -9,7 +9,7 @@ import torch
 from fast_latent_decoders import FastDecoder, restore_decoder, swap_decoder
 from tests.pipelines import tiny
 
-FAMILIES = ("subpixel", "temporal")
+FAMILIES = ("subpixel", "temporal", "streaming")
 
 
 def put_in(pipe: Any, way: str, fast: FastDecoder) -> Any:

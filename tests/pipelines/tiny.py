@@ -33,7 +33,14 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from fast_latent_decoders import EfficientViTDecoder, FastDecoder, SubpixelDecoder, TAEDecoder, TAETemporalDecoder
+from fast_latent_decoders import (
+    EfficientViTDecoder,
+    FastDecoder,
+    SubpixelDecoder,
+    SubpixelTemporalDecoder,
+    TAEDecoder,
+    TAETemporalDecoder,
+)
 
 SIZE = 64
 LATENT = SIZE // 8
@@ -43,12 +50,13 @@ POST_QUANT_BIAS = torch.tensor([0.4, -0.6, 0.2, 0.5])
 
 FAMILIES: dict[str, tuple[type[FastDecoder], dict[str, Any]]] = {
     "subpixel": (SubpixelDecoder, {"widths": (16, 8, 8), "blocks": (1, 1, 1), "convs": 1}),
+    "streaming": (SubpixelTemporalDecoder, {"widths": (16, 8, 8), "blocks": (2, 1, 1), "memory": (1, 1, 0)}),
     "tae": (TAEDecoder, {"width": 8, "blocks": (1, 1, 1, 1)}),
     "tae-bilinear": (TAEDecoder, {"width": 8, "blocks": (1, 1, 1, 1), "upsampling": "bilinear"}),
     "temporal": (TAETemporalDecoder, {"width": 32, "blocks": (1, 1, 1, 1), "mid_block": "latent"}),
     "efficientvit": (EfficientViTDecoder, {"widths": (32, 16, 8), "attention_blocks": 2, "residual_blocks": (1, 1)}),
 }
-LOCAL = ("subpixel", "tae", "tae-bilinear")  # families with a finite receptive field
+LOCAL = ("subpixel", "streaming", "tae", "tae-bilinear")  # families with a finite receptive field
 
 
 # ---------------------------------------------------------------- decoders
@@ -69,8 +77,7 @@ def randomised(fast: FastDecoder) -> FastDecoder:
     last = [module for module in fast.decoder.modules() if isinstance(module, nn.Conv2d)][-1]
     with torch.no_grad():
         for parameter in fast.parameters():
-            if not parameter.any():
-                parameter.normal_(std=0.1)
+            parameter.copy_(torch.where(parameter == 0, torch.randn_like(parameter) * 0.1, parameter))
         last.bias.zero_()
         last.weight.mul_(0.2 / fast.decode(z).sample.std())
         last.bias.sub_(fast.decode(z).sample.mean() / gain)
@@ -234,12 +241,16 @@ def picture(seed: int = 0) -> Image.Image:
     return Image.fromarray(noise).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
 
 
+def still() -> Tensor:
+    """What image-to-video begins with; a tensor, as pictures would be resized."""
+    return torch.from_numpy(np.array(picture())).permute(2, 0, 1)[None] / 255
+
+
 def run(pipe: Any, steps: int = 2, **inputs: Any) -> np.ndarray:
     """One call of any of the pipelines, with the pictures its kind needs, as an array in [0, 1]."""
     inputs = {"generator": torch.Generator().manual_seed(0), "num_inference_steps": steps, "output_type": "np", **inputs}
     if isinstance(pipe, StableVideoDiffusionPipeline):
-        image = torch.from_numpy(np.array(picture())).permute(2, 0, 1)[None] / 255  # a tensor: pictures would be resized
-        return pipe(image, **{"height": SIZE, "width": SIZE, "num_frames": 4, **inputs}).frames
+        return pipe(still(), **{"height": SIZE, "width": SIZE, "num_frames": 4, **inputs}).frames
     if isinstance(pipe, StableDiffusionXLInpaintPipeline):
         mask = Image.fromarray(np.pad(np.full((24, 24), 255, np.uint8), 20))
         inputs = {"image": picture(), "mask_image": mask, "height": SIZE, "width": SIZE, "strength": 0.9, **inputs}
