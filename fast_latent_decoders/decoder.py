@@ -144,7 +144,7 @@ class FastDecoder(ModelMixin, AutoencoderMixin, ConfigMixin):
                 ...  # decode_stream(more_latents, state) goes on where this one ended
 
         Nothing is kept between calls but what the caller keeps: `state` is small, and any of those given out can be gone on from.
-        Without gradients; by torch, frames whole, whatever the engine and tiling.
+        Without gradients. Frames that are mixed are decoded by torch and whole, tiling or not.
 
         Args:
             latents: in VAE units, of one clip (frames, C, h, w) or of several (clips, frames, C, h, w); or an iterable of either, in order.
@@ -158,7 +158,8 @@ class FastDecoder(ModelMixin, AutoencoderMixin, ConfigMixin):
             ValueError: latents of another shape, or a state of other clips.
         """
         for frame in frames_of(latents):
-            sample, state = self.decoder.stream(self._scaled(frame), 1, state)
+            scaled = self._scaled(frame)
+            sample, state = self.decoder.stream(scaled, 1, state) if self.decoder.mixes_frames else (self._decode(scaled, None), [])
             yield sample, state
 
     def decode_bytes(self, z: Tensor, num_frames: int | None = None) -> Tensor:

@@ -46,7 +46,7 @@ class OpenVINOEngine:
         core = openvino_core()
         import openvino
 
-        if any(getattr(layer, "temporal", False) for layer in network.modules()):
+        if network.mixes_frames:
             raise ValueError(f"{type(network).__name__} mixes the frames of a clip, which the backend openvino cannot; use the backend torch")
         native = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         self.dtype = dtype or (torch.bfloat16 if native else torch.float32)

@@ -5,6 +5,7 @@ Conventions: tensors are (N, C, h, w), float32. *VAE units* are what a pipeline 
 """
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,11 +29,12 @@ TYPICAL_RMS = 0.85  # of scaled latents; real ones lie between 0.46 (a dull lila
 
 @dataclass(frozen=True)
 class Latents:
-    """The latents of one file: (N, C, h, w) float32, finite; `units` and `latent_space` are None where the file is silent."""
+    """The latents of one file: (N, C, h, w) float32, finite; `units`, `latent_space` and `fps` are None where the file is silent."""
 
     tensor: Tensor
     units: Units | None = None
     latent_space: str | None = None
+    fps: float | None = None  # frames a second, of a clip
 
     def in_vae_units(self, space: LatentSpace, *, scaled: bool = False) -> Tensor:
         """(N, C, h, w) in VAE units; `scaled` says what they are when the file does not."""
@@ -86,11 +88,12 @@ def read_latents(path: str | Path) -> Latents:
     units, space = metadata.get("units"), metadata.get("latent_space")
     if units not in (None, "vae", "scaled"):
         raise FileError(f"{path} says its units are {units!r}; expected 'vae' or 'scaled'")
-    return Latents(latents, units, space)
+    fps = str(metadata.get("fps", ""))
+    return Latents(latents, units, space, float(fps) if re.fullmatch(r"\d+(\.\d+)?", fps) else None)
 
 
-def write_latents(path: str | Path, z: Tensor, latent_space: str, units: Units = "vae", *, force: bool = False) -> None:
-    """Write latents (C, h, w) or (N, C, h, w) as .safetensors, float32, with `latent_space` and `units` as metadata.
+def write_latents(path: str | Path, z: Tensor, latent_space: str, units: Units = "vae", fps: float | None = None, *, force: bool = False) -> None:
+    """Write latents (C, h, w) or (N, C, h, w) as .safetensors, float32, with `latent_space`, `units` and of a clip `fps` as metadata.
 
     Raises:
         FileError: `path` exists and `force` is not given, has another suffix, or cannot be written; `z` is not finite latents.
@@ -103,7 +106,7 @@ def write_latents(path: str | Path, z: Tensor, latent_space: str, units: Units =
     _checked(path, z)
     tensors = {"latents": z.detach().float().cpu().contiguous()}
     with replacing(path, force=force) as temporary:
-        temporary.write_bytes(save(tensors, {"latent_space": latent_space, "units": units}))
+        temporary.write_bytes(save(tensors, {"latent_space": latent_space, "units": units} | ({"fps": f"{fps:g}"} if fps else {})))
 
 
 def _checked(path: Path, tensor: Tensor) -> Tensor:

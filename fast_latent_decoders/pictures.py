@@ -53,15 +53,21 @@ def read_picture(path: str | Path, multiple: int = 8) -> Picture:
         raise FileError(f"{path} is larger than Pillow allows ({reason(error)})") from error
     except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error ... on broken bytes
         raise FileError(f"{path} cannot be read as a picture: {reason(error)}") from error
+    inside = cropped(path, values, multiple)
+    note = None
+    if inside.shape != values.shape:
+        sizes = (f"{array.shape[1]}x{array.shape[0]}" for array in (values, inside))
+        note = f"cropped from {' to '.join(sizes)}, multiples of {multiple}"
+    return Picture(torch.from_numpy(inside).permute(2, 0, 1).contiguous() * 2 - 1, note)
+
+
+def cropped(path: Path, values: np.ndarray, multiple: int = 8) -> np.ndarray:
+    """The middle of (H, W, 3) whose sides `multiple` divides. Raises FileError for smaller ones."""
     height, width = (side // multiple * multiple for side in values.shape[:2])
     if not height or not width:
         raise FileError(f"{path} is {values.shape[1]}x{values.shape[0]}; expected sides of at least {multiple} pixels")
-    note = None
-    if (height, width) != values.shape[:2]:
-        note = f"cropped from {values.shape[1]}x{values.shape[0]} to {width}x{height}, multiples of {multiple}"
-        top, left = (values.shape[0] - height) // 2, (values.shape[1] - width) // 2
-        values = values[top : top + height, left : left + width]
-    return Picture(torch.from_numpy(values).permute(2, 0, 1).contiguous() * 2 - 1, note)
+    top, left = (values.shape[0] - height) // 2, (values.shape[1] - width) // 2
+    return values[top : top + height, left : left + width]
 
 
 def to_rgb(path: Path, image: Image.Image) -> np.ndarray:

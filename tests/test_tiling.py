@@ -13,7 +13,7 @@ from fast_latent_decoders.strips import Unsupported, decode_strips
 from fast_latent_decoders.tiling import decode_tiled
 from tests.pipelines import tiny
 
-NO_STRIPS = ("tae-bilinear", "streaming")  # its upsampling looks at neighbours
+NO_STRIPS = ("tae-bilinear", "streaming")  # bilinear upsampling looks at neighbours, memory blocks at the frame before
 SIZES = [(9, 9, 4), (13, 11, 5), (5, 17, 3), (8, 23, 8), (7, 7, 1), (6, 30, 7)]  # height, width, tile size
 
 

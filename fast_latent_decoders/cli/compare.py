@@ -11,6 +11,7 @@ from rich.text import Text
 
 from .loading import DeviceName, DtypeName, find_device, load_decoder, run_decoder, vae_units
 from .run import Run, collect, count, is_input, table_console, wrong_usage
+from .video import compare_clips
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,6 +30,12 @@ def compare(
         "taesdxl",
     ],
     out: Annotated[Path, typer.Option(help="The sheet: .png, .jpg or .webp.")] = Path("compare.png"),
+    video: Annotated[
+        bool, typer.Option("--video", help="Latents of a file are one clip: --out is a folder, for a film and a strip of frames of each.")
+    ] = False,
+    fps: Annotated[
+        float | None, typer.Option(min=0.1, max=1000, help="Frames a second.  [default: what the file says, else 7]", show_default=False)
+    ] = None,
     dtype: Annotated[DtypeName, typer.Option(help="Number format of all decoders.")] = "float32",
     device: Annotated[DeviceName, typer.Option(help="Where to decode.")] = "auto",
     scaled: Annotated[bool, typer.Option("--scaled", help="Latents that do not say so are scaled, not in VAE units.")] = False,
@@ -43,10 +50,12 @@ def compare(
     from ..pictures import FORMATS, SUFFIXES, write_image
     from ..sheet import draw_sheet
 
-    if out.suffix.lower() not in FORMATS:
-        wrong_usage(f"--out {out}: expected a file ending in {', '.join(FORMATS)}")
     names = list(dict.fromkeys(decoder))
     place = find_device(device)
+    if video:
+        compare_clips(paths, names, out if out.suffix.lower() not in FORMATS else out.with_suffix(""), place, dtype, fps, scaled, force, as_json)
+    if out.suffix.lower() not in FORMATS:
+        wrong_usage(f"--out {out}: expected a file ending in {', '.join(FORMATS)}")
     with Run("comparing", quiet=True) as run:
         files = inputs(collect(run, paths, (*READERS, *SUFFIXES), "latent or picture"))
         decoders = {name: load_decoder(name, place, dtype) for name in names} if files else {}

@@ -11,6 +11,7 @@ import typer
 
 from .loading import DeviceName, DtypeName, find_device, load_decoder, run_decoder, vae_units
 from .run import Claims, Run, collect, writable_folder
+from .video import VideoFormat, decode_clips
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,6 +24,12 @@ def decode(
     decoder: Annotated[str, typer.Option(help="A preset (see fld list), a folder or a Hub id.")] = "subpixel-sdxl",
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("out"),
     picture_format: Annotated[Literal["png", "jpg", "webp"], typer.Option("--format", help="Format of the pictures.")] = "png",
+    video: Annotated[
+        VideoFormat | None, typer.Option(help="The latents of a file are one clip: make a film of them, or .png frames.", show_default=False)
+    ] = None,
+    fps: Annotated[
+        float | None, typer.Option(min=0.1, max=1000, help="Frames a second.  [default: what the file says, else 7]", show_default=False)
+    ] = None,
     dtype: Annotated[DtypeName, typer.Option(help="Number format; auto measures which is fastest here.")] = "auto",
     device: Annotated[DeviceName, typer.Option(help="Where to decode.")] = "auto",
     backend: Annotated[
@@ -36,7 +43,7 @@ def decode(
     force: Annotated[bool, typer.Option("--force", help="Replace pictures that are already there.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was done, with times, as JSON.")] = False,
 ) -> None:
-    """Decode latents (.safetensors, .latent, .npy, .npz, .pt, .pth) to pictures."""
+    """Decode latents (.safetensors, .latent, .npy, .npz, .pt, .pth) to pictures, or with --video to films."""
     from ..files import READERS
     from ..pictures import write_picture
 
@@ -52,6 +59,10 @@ def decode(
             fast.enable_tiling()
         place = fast.device.type
         used = str(fast._engine.dtype if fast._engine else fast.dtype).removeprefix("torch.")
+        if video:
+            pictures = decode_clips(run, files, fast, out, video, fps, scaled, force)
+            seconds = sum(told["seconds"] for told in pictures)
+            files = []
         for batch in batched(read_all(run, files, fast, out, picture_format, scaled, force), batch_size):
             start = time.perf_counter()
             try:
@@ -79,12 +90,13 @@ def decode(
         skipped = [str(path) for path in run.skipped]
         typer.echo(
             json.dumps(
-                {**about, "seconds": round(seconds, 4), "pictures": pictures, "skipped": skipped, "failed": run.failures()},
+                {**about, "seconds": round(seconds, 4), "clips" if video else "pictures": pictures, "skipped": skipped, "failed": run.failures()},
                 indent=2,
             )
         )
     else:
-        typer.echo(f"{run.summary('picture', out)} ({decoder}, {place}, {used})" if run.done else run.summary("picture", out))
+        summary = run.summary("clip" if video else "picture", out)
+        typer.echo(f"{summary} ({decoder}, {place}, {used})" if run.done else summary)
     run.end()
 
 

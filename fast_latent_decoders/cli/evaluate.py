@@ -61,8 +61,9 @@ def evaluate(
     from datetime import UTC, datetime
 
     from ..atomic import replacing
+    from ..clips import write_clip
     from ..evaluation import report, sheets
-    from ..evaluation.clips import write_side_by_side
+    from ..evaluation.clips import side_by_side
     from ..evaluation.decoders import load_candidate
     from ..evaluation.encoders import Encoder, StandIn, load_encoder
     from ..evaluation.machine import describe, versions
@@ -157,7 +158,7 @@ def evaluate(
         pictures |= sheets.draw(protocol, eyes, candidates, store, infos, baseline)
         store.write_csv()
         if clips:
-            write_side_by_side(out / "side-by-side.mp4", sheets.first_clip(protocol, eyes, candidates, store))
+            write_clip(out / "side-by-side.mp4", side_by_side(sheets.first_clip(protocol, eyes, candidates, store)), 8, force=True)
         with replacing(out / "report.json", force=True) as path:
             path.write_text(json.dumps(results, indent=1) + "\n")
         with replacing(out / "report.md", force=True) as path:

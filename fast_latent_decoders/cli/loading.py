@@ -1,5 +1,7 @@
 """Decoders and devices for the commands."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -112,9 +114,17 @@ def run_decoder(decoder: "FastDecoder", z: "torch.Tensor") -> "torch.Tensor":
     """
     import torch
 
+    with guarded(), torch.inference_mode():
+        return decoder.decode(z, return_dict=False)[0].float().cpu()
+
+
+@contextmanager
+def guarded() -> Iterator[None]:
+    """Raises ValueError where memory runs out; the message says what to try."""
+    import torch
+
     try:
-        with torch.inference_mode():
-            return decoder.decode(z, return_dict=False)[0].float().cpu()
+        yield
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise ValueError(OUT_OF_MEMORY) from error
     except RuntimeError as error:

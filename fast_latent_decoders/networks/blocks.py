@@ -54,12 +54,16 @@ class BlockNetwork(nn.Module):
         checkpoint = self._gradient_checkpointing_func if self.gradient_checkpointing and torch.is_grad_enabled() else None
         return checkpoint(layer, *inputs) if checkpoint else layer(*inputs)
 
+    @property
+    def mixes_frames(self) -> bool:
+        return any(getattr(layer, "temporal", False) for layer in self.layers)
+
     def stream(self, z: Tensor, num_frames: int, state: State | None = None) -> tuple[Tensor, State]:
         """The next `num_frames` frames of each clip, and what the frames after them need; `state` is that of the frames before.
 
         Raises TypeError: the network cannot; ValueError: a state of other clips.
         """
-        if not any(getattr(layer, "temporal", False) for layer in self.layers):
+        if not self.mixes_frames:
             return self(z), []
         raise TypeError(f"{type(self).__name__} needs the whole clip at once: decode(latents, num_frames=...)")
 
