@@ -7,10 +7,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from fast_latent_decoders import SubpixelDecoder
+from fast_latent_decoders import FastDecoder, SubpixelDecoder
 from fast_latent_decoders.cli import app, loading
 from fast_latent_decoders.evaluation import check
 from fast_latent_decoders.evaluation.check import Trial, best, fastest_dtype, self_test
+from fast_latent_decoders.evaluation.robustness import robustness
 
 
 def tiny() -> SubpixelDecoder:
@@ -108,3 +109,17 @@ def test_auto_falls_back_to_the_cpu_and_says_so(
     monkeypatch.setattr(loading, "find_device", lambda name: "meta")
     assert loading.load_decoder(str(tmp_path / "tiny"), "auto", "auto").device.type == "cpu"
     assert "note: float32 does not run on meta" in capsys.readouterr().err
+
+
+def test_robustness_of_a_decoder_and_of_one_that_overflows(broken: Path) -> None:
+    cases = robustness(FastDecoder.from_pretrained("taesdxl").eval())
+    assert all(case.passed for case in cases)
+    by_name = {case.name: case for case in cases}
+    assert by_name["constant 100"].activation < 100  # the squash holds
+    assert 0 < by_name["smooth"].differences["float16"] < by_name["smooth"].differences["bfloat16"] < 40
+    result = CliRunner().invoke(app, ["check", str(broken), "--robust"])
+    assert result.exit_code == 1
+    assert "not finite" in result.stdout
+    told = json.loads(CliRunner().invoke(app, ["check", str(broken), "--robust", "--json"]).stdout)
+    assert {case["name"] for case in told["cases"]} == set(by_name)
+    assert not any(case["passed"] for case in told["cases"])

@@ -1,7 +1,7 @@
 """`fld check`: does this decoder work on this machine?"""
 
 import json
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.table import Table
@@ -13,6 +13,7 @@ from .run import table_console
 def check(
     decoder: Annotated[str, typer.Argument(help="A preset (see fld list), a folder or a Hub id.")] = "subpixel-sdxl",
     device: Annotated[DeviceName, typer.Option(help="What to check; auto is the best there is.")] = "auto",
+    robust: Annotated[bool, typer.Option("--robust", help="Latents that no encoder makes, in float32 and both half types.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Compare a device with the CPU on a fixed latent, look for NaN, and name the fastest number format and layout.
@@ -22,6 +23,8 @@ def check(
     from ..evaluation.check import best, self_test
 
     place = find_device(device)
+    if robust:
+        check_robustness(decoder, place, as_json)
     trials = self_test(load_decoder(decoder), place)
     chosen = best(trials, place)
     broken = list(dict.fromkeys(trial.problem for trial in trials if trial.broken and trial.problem))
@@ -46,3 +49,23 @@ def check(
     else:
         typer.echo(f"{decoder} does not work on {place}", err=True)
     raise typer.Exit(0 if works else 1)
+
+
+def check_robustness(name: str, device: str, as_json: bool) -> NoReturn:
+    from ..evaluation.robustness import LIMIT, robustness
+
+    cases = robustness(load_decoder(name), device)
+    if as_json:
+        typer.echo(json.dumps({"decoder": name, "device": device, "cases": [case.as_json() for case in cases]}, indent=2))
+    else:
+        table = Table("latents (scaled)")
+        for title in ("largest activation", "largest output", *(f"{dtype}: largest difference, /255" for dtype in cases[0].differences)):
+            table.add_column(title, justify="right")
+        for case in cases:
+            differences = ("not finite" if value is None else f"{value:.1f}" for value in case.differences.values())
+            table.add_row(case.name, f"{case.activation:.1f}", f"{case.output:.2f}", *differences)
+        table_console().print(table)
+        for case in cases:
+            if not case.passed:
+                typer.echo(f"{case.name}: not finite, or an activation above {LIMIT:.0f}", err=True)
+    raise typer.Exit(0 if all(case.passed for case in cases) else 1)
