@@ -644,14 +644,21 @@ def clip(path: Path, frames: int = 20, size: int = 64) -> Path:
     return path
 
 
-def test_pictures_and_clips_train_a_temporal_decoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "decoder",
+    [
+        "{_class_name: TAETemporalDecoder, width: 32, blocks: [1, 1, 1, 1], latent_space: sd}",
+        "{_class_name: SubpixelTemporalDecoder, widths: [16, 8, 8], blocks: [1, 1, 1], memory: [1, 1, 0], latent_space: sd}",
+    ],
+)
+def test_pictures_and_clips_train_a_temporal_decoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decoder: str) -> None:
     (tmp_path / "clips").mkdir()
     for name in ("a.mp4", "b.avi"):
         clip(tmp_path / "clips" / name)
     path = config(tmp_path, "run")
     clips = {"path": str(tmp_path / "clips"), "kind": "clips"}
     changes = [
-        "decoder={_class_name: TAETemporalDecoder, width: 32, blocks: [1, 1, 1, 1], latent_space: sd}",
+        f"decoder={decoder}",
         f"val={json.dumps([clips])}",
         "stages=[{crop: 32, batch: 4, clips: 0.5, frames: 8}]", "losses={l1: 1, temporal: 0.5}", "steps=4", "save_every=1",
     ]  # fmt: skip
