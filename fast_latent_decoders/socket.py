@@ -33,6 +33,7 @@ class DecoderSocket(nn.Module):
     def __init__(self, network: BlockNetwork, space: LatentSpace, vae: nn.Module, family: str, engine: OpenVINOEngine | None = None) -> None:
         super().__init__()
         self.network = network
+        self.space = space
         self.family = family
         self.engine = engine
         self.use_tiling = False
@@ -43,7 +44,10 @@ class DecoderSocket(nn.Module):
 
     def forward(self, z: Tensor, image_only_indicator: Tensor | None = None, num_frames: int = 1) -> Tensor:
         """z (N, C, h, w) as the VAE hands it over -> (N, 3, 8h, 8w) in [-1, 1]. `image_only_indicator` is SVD's and unused."""
-        scaled = self._scaled(z)
+        # Products and a sum, not a convolution: autocast and TF32 leave these in float32.
+        z = z.float().to(self.matrix.device)
+        scaled = (z[:, None] * self.matrix[:, :, None, None]).sum(2) + self.offset[:, None, None]
+        scaled = scaled.to(get_parameter_dtype(self.network))  # under layerwise casting not the parameters' own (CONTRACT 7.8)
         network = engine_or(self.network, self.engine, scaled)
         if self.use_tiling:
             return decode_tiled(network, scaled, num_frames, self.tile_size)
@@ -51,16 +55,11 @@ class DecoderSocket(nn.Module):
 
     @torch.no_grad()
     def decode_stream(self, latents: Tensor | Iterable[Tensor], state: State | None = None) -> Iterator[tuple[Tensor, State]]:
-        """As `FastDecoder.decode_stream`, of what the VAE would hand over."""
+        """As `FastDecoder.decode_stream`: latents in VAE units, which no `post_quant_conv` has touched."""
         for frame in frames_of(latents):
-            sample, state = self.network.stream(self._scaled(frame), 1, state)
+            scaled = (frame.float().to(self.matrix.device) - self.space.shift_factor) * self.space.scaling_factor
+            sample, state = self.network.stream(scaled.to(get_parameter_dtype(self.network)), 1, state)
             yield sample, state
-
-    def _scaled(self, z: Tensor) -> Tensor:
-        # Products and a sum, not a convolution: autocast and TF32 leave these in float32.
-        z = z.float().to(self.matrix.device)
-        scaled = (z[:, None] * self.matrix[:, :, None, None]).sum(2) + self.offset[:, None, None]
-        return scaled.to(get_parameter_dtype(self.network))  # under layerwise casting not the parameters' own (CONTRACT 7.8)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "DecoderSocket":
         matrix, offset = self.matrix, self.offset

@@ -14,6 +14,7 @@ from torch import Tensor
 import fast_latent_decoders
 from fast_latent_decoders import SubpixelDecoder, SubpixelTemporalDecoder, stream_frames, swap_decoder
 from fast_latent_decoders.networks import streaming
+from fast_latent_decoders.pictures import to_bytes
 from tests.pipelines import tiny
 
 
@@ -125,6 +126,27 @@ def _svd(way: str, dtype: torch.dtype) -> Any:
     else:
         swap_decoder(pipe, fast)
     return pipe
+
+
+@pytest.mark.parametrize("way", ["whole", "swapped"])
+def test_frames_of_animatediff(way: str) -> None:
+    """Its VAE has a `post_quant_conv`, and its latents come as (1, C, frames, h, w)."""
+    inputs = {"height": tiny.SIZE, "width": tiny.SIZE, "num_frames": 3, "num_inference_steps": 1}
+
+    def pipe() -> Any:
+        made, fast = tiny.animatediff(), tiny.decoder("streaming", "sd")
+        if way == "whole":
+            made.vae = fast
+        else:
+            swap_decoder(made, fast)
+        return made
+
+    frames = list(stream_frames(pipe(), "a cat", **inputs, generator=torch.Generator().manual_seed(0)))
+    latents = pipe()("a cat", **inputs, output_type="latent", generator=torch.Generator().manual_seed(0)).frames
+    with torch.no_grad():
+        expected = tiny.decoder("streaming", "sd").decode(latents.transpose(1, 2).flatten(0, 1) / 0.18215, num_frames=3).sample
+    for frame, (shown,) in zip(expected, frames, strict=True):
+        assert np.abs(to_bytes(frame).astype(int) - np.asarray(shown)).max() <= 1
 
 
 def test_a_stock_pipeline_does_not_stream() -> None:

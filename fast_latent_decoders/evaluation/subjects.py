@@ -106,7 +106,7 @@ def names() -> list[str]:
 
 def _trained(name: str) -> str | None:
     """The preset with this family's weights, if there is one."""
-    suffix = "svd" if name == "tae-temporal" else "sdxl"
+    suffix = "svd" if name.endswith("temporal") else "sdxl"
     preset = presets().get(f"{name}-{suffix}")
     return preset.name if preset is not None and preset.location is not None else None
 
@@ -161,5 +161,6 @@ _FAMILIES = {
     "tae-192": _family("TAEDecoder", width=192),
     "efficientvit": _family("EfficientViTDecoder"),
     "tae-temporal": _family("TAETemporalDecoder"),
+    "subpixel-temporal": _family("SubpixelTemporalDecoder"),
 }
 _VAES = {"sdxl-vae": _sdxl_vae, "svd-vae": _svd_vae}

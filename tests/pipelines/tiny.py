@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import (
+    AnimateDiffPipeline,
     AutoencoderKL,
     AutoencoderKLTemporalDecoder,
     ControlNetModel,
     EulerDiscreteScheduler,
+    MotionAdapter,
     StableDiffusionPipeline,
     StableDiffusionXLControlNetPipeline,
     StableDiffusionXLImg2ImgPipeline,
@@ -223,6 +225,20 @@ def svd(dtype: torch.dtype = torch.float32, image_size: int = SIZE) -> StableVid
         unet=unet,
         scheduler=EulerDiscreteScheduler(prediction_type="v_prediction", use_karras_sigmas=True),
         feature_extractor=CLIPImageProcessor(crop_size=image_size, size={"shortest_edge": image_size}),
+    )
+    return _quiet(pipe.to(dtype))
+
+
+def animatediff(dtype: torch.dtype = torch.float32) -> AnimateDiffPipeline:
+    torch.manual_seed(6)
+    adapter = MotionAdapter(block_out_channels=(32, 64), motion_layers_per_block=1, motion_norm_num_groups=2, motion_num_attention_heads=4)
+    pipe = AnimateDiffPipeline(
+        vae=kl("sd"),
+        text_encoder=_text_encoder(),
+        tokenizer=_tokenizer(),
+        unet=_unet(sdxl=False),
+        motion_adapter=adapter.eval(),
+        scheduler=EulerDiscreteScheduler(steps_offset=1),
     )
     return _quiet(pipe.to(dtype))
 
