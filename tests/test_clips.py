@@ -170,6 +170,8 @@ def test_encode_and_compare_films(tmp_path: Path, decoder: str) -> None:
     assert np.abs(shown[2][-32:, :64].astype(int) - source[2]).mean() < 20  # the source is the first of three
     assert shown[0].shape[1] > 3 * 64
     assert "already in" in fld("compare", tmp_path / "a.safetensors", *ask, "--out", tmp_path / "beside").stdout
+    told = json.loads(fld("compare", tmp_path / "a.mp4", tmp_path / "a.safetensors", *ask, "--out", tmp_path / "both", "--json").stdout)
+    assert (len(told["clips"]), told["failed"]) == (1, [])
     fld("compare", tmp_path / "a.mp4", "--decoder", "taesd", "--video", "--out", tmp_path / "film")
     write_latents(tmp_path / "b.safetensors", torch.randn(7, 4, 4, 8), "sd")
     write_clip(tmp_path / "b.mp4", film(34, 66), 12)

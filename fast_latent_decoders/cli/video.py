@@ -111,6 +111,8 @@ def compare_clips(
         files = collect(run, paths, (*READERS, *clips.SUFFIXES), "latent or film")
         if not files or not writable_folder(run, out):
             run.end()
+        encoded = {file.stem for file in files if file.suffix.lower() in READERS}
+        files = [file for file in files if file.suffix.lower() in READERS or file.stem not in encoded]  # the others are sources
         decoders = {name: load_decoder(name, device, dtype) for name in names}
         for file in run.over(files, len(files)):
             film, strip = out / f"{file.stem}.mp4", out / f"{file.stem}.png"
