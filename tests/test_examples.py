@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fast_latent_decoders.cli import app
+from fast_latent_decoders.clips import read_clip
 from fast_latent_decoders.evaluation import subjects
 
 from .pipelines import tiny
@@ -52,7 +53,8 @@ def test_image_to_image(models: Path, tmp_path: Path) -> None:
 def test_svd(models: Path, tmp_path: Path) -> None:
     size = ["--width", "64", "--height", "64", "--frames", "2", "--steps", "1"]
     run("svd.py", tmp_path, str(models / "photo.png"), "--model", str(models / "svd"), *size)
-    assert (tmp_path / "svd.webp").exists()
+    frames, fps = read_clip(tmp_path / "svd.mp4")
+    assert (len(list(frames)), fps) == (2, 7)
 
 
 def test_swap_by_hand(models: Path, tmp_path: Path) -> None:
