@@ -53,6 +53,15 @@ def test_blocks_are_left_out_from_a_stages_end(shorten: ModuleType) -> None:
         assert torch.equal(mine.conv[4].weight, blocks[number].conv[4].weight)
 
 
+def test_another_width_at_half_resolution_is_new_from_there_on(shorten: ModuleType) -> None:
+    source, z = TAEDecoder(width=8, blocks=(1, 1, 1, 1)), torch.randn(1, 4, 6, 6)
+    plain, narrow = shorten.shorten(source, (1, 1, 1)), shorten.shorten(source, (1, 1, 1), half=4)
+    assert narrow.config.widths == [8, 8, 4]
+    with torch.no_grad():
+        torch.testing.assert_close(narrow.decoder.layers[:6](z), plain.decoder.layers[:6](z))  # up to the last block at 1/4
+        assert narrow.decode(z).sample.shape == (1, 3, 48, 48)
+
+
 def test_tiles_of_its_blocks_are_exact(shorten: ModuleType) -> None:
     short, z = shorten.shorten(TAEDecoder(width=8, blocks=(1, 1, 1, 1)), (1, 1, 1)), torch.randn(1, 4, 21, 13)
     with torch.no_grad():

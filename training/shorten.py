@@ -26,8 +26,11 @@ from fast_latent_decoders.networks.blocks import SubpixelUp
 from fast_latent_decoders.networks.tae import TAEBlock
 
 
-def shorten(source: TAEDecoder, blocks: Sequence[int]) -> SubpixelDecoder:
+def shorten(source: TAEDecoder, blocks: Sequence[int], half: int | None = None) -> SubpixelDecoder:
     """The first `blocks` of the source's blocks at 1/8, 1/4 and 1/2; what follows them there is left out, and the head is new.
+
+    Args:
+        half: another width at 1/2, where most of the work is: that stage is new then too.
 
     Raises:
         ValueError: more blocks than the source has, or bilinear upsampling, which no 3x3 sub-pixel convolution equals.
@@ -38,7 +41,8 @@ def shorten(source: TAEDecoder, blocks: Sequence[int]) -> SubpixelDecoder:
     if source.config.upsampling != "nearest":
         raise ValueError(f"expected a source that upsamples nearest, got {source.config.upsampling}")
     shared = {name: source.config[name] for name in ("latent_space", "latent_channels", "scaling_factor", "shift_factor", "encoder")}
-    target = SubpixelDecoder([source.config.width] * 3, tuple(blocks), 3, "tae", **shared)
+    width = source.config.width
+    target = SubpixelDecoder([width, width, half or width], tuple(blocks), 3, "tae", **shared)
     stages: list[list[nn.Module]] = [[]]
     for layer in fold_upsampling(source.decoder).layers:
         if isinstance(layer, nn.PixelShuffle):
@@ -54,7 +58,8 @@ def shorten(source: TAEDecoder, blocks: Sequence[int]) -> SubpixelDecoder:
         weights = layer.state_dict()
         if isinstance(mine, SubpixelUp):
             weights = {"0.weight": weights["weight"], "0.bias": torch.zeros(len(weights["weight"]))}
-        mine.load_state_dict(weights)
+        if all(weights[name].shape == tensor.shape for name, tensor in mine.state_dict().items()):
+            mine.load_state_dict(weights)
     return target
 
 
@@ -63,6 +68,7 @@ def main() -> None:
     parser.add_argument("source", help="preset or folder of a TAEDecoder")
     parser.add_argument("out", type=Path)
     parser.add_argument("--blocks", type=int, nargs=3, default=(3, 3, 3), metavar="N", help="at 1/8, 1/4 and 1/2 of the resolution")
+    parser.add_argument("--half", type=int, metavar="WIDTH", help="another width at 1/2; that stage begins at random")
     parser.add_argument("--config", required=True, help="YAML file of train.py: its crops and their latents")
     parser.add_argument("--crops", type=int, default=256, help="that the head is fitted to")
     arguments = parser.parse_args()
@@ -71,7 +77,7 @@ def main() -> None:
     c = read_config(arguments.config, [f"shard={arguments.crops}", "stages=[{crop: 128}]"])
     with sentences():
         source = TAEDecoder.from_pretrained(arguments.source).float()
-        target = shorten(source, arguments.blocks)
+        target = shorten(source, arguments.blocks, arguments.half)
         encoder = load_encoder(c.encoder, c.stand_in, source)
         shard = Shards(c, {"pictures": Sources(c.data, "pictures", c.seed)}, encoder, Accelerator(cpu=True)).get(0, "pictures", 0)
     z, _, _ = shard.draw(c, torch.arange(len(shard.latents)), c.seed)
