@@ -398,7 +398,8 @@ def test_pixel_terms_have_hand_computed_values() -> None:
     losses = module("losses")
     x = torch.rand(2, 3, 64, 64) - 0.5
     expected = {
-        "l1": 0.3, "mse": 0.09, "charbonnier": (0.09 + 1e-6) ** 0.5 - 1e-3, "frequency": 0.3 * 64 / (64 * 33), "colour": 0.3, "detail": 0
+        "l1": 0.3, "mse": 0.09, "charbonnier": (0.09 + 1e-6) ** 0.5 - 1e-3, "frequency": 0.3 * 64 / (64 * 33), "colour": 0.3, "detail": 0,
+        "lattice": 0,
     }  # fmt: skip
     terms = {**losses.WEIGHTED, **losses.PLAIN}
     assert terms.keys() == {*expected, "ms_ssim"}
@@ -409,6 +410,7 @@ def test_pixel_terms_have_hand_computed_values() -> None:
     # It is all diagonal band at full resolution, one of six, with an amplitude of 0.5, and gone at half resolution.
     assert terms["detail"](0 * x + checkerboard, 0 * x).item() == pytest.approx((0.25 + 1e-6) ** 0.5 / 6, abs=1e-3)
     assert terms["detail"](x.roll(1, -1), x) < 0.2 * terms["detail"](0 * x, x)  # elsewhere is as good
+    assert terms["lattice"](x + checkerboard, x).item() == pytest.approx(0.5, rel=1e-4)
     for size in (16, 64, 128, 192):
         y = torch.rand(1, 3, size, size) * 2 - 1
         assert terms["ms_ssim"](y, y).item() == pytest.approx(0, abs=1e-5)
