@@ -93,5 +93,8 @@ def test_the_command_writes_what_train_can_begin_with(shorten: ModuleType, tmp_p
     assert float(capsys.readouterr().out.split(": ")[1].split(" dB")[0]) > 20
     short = FastDecoder.from_pretrained(tmp_path / "short")
     assert isinstance(short, SubpixelDecoder) and short.config.block == "tae"
+    first = importlib.import_module("card").origin(str(tmp_path / "short"))
+    assert first["licence"] == "mit"
+    assert "Ollin Boer Bohan" in first["credit"]
     with pytest.raises(SystemExit):
         shorten.main()  # never writes over a folder

@@ -175,7 +175,7 @@ def make_card(c: "Config", model: FastDecoder, summary: dict[str, Any], machine:
     processes = start.get("processes", 1)
     per_step = f"{processes} process{'es' * (processes > 1)} x {c.accumulate} batch{'es' * (c.accumulate > 1)} a step"
     shape = ", ".join(
-        f"{key} {own[key]}" for key in ("width", "widths", "blocks", "convs", "attention_blocks", "residual_blocks") if key in own
+        f"{key} {own[key]}" for key in ("width", "widths", "blocks", "convs", "block", "memory", "attention_blocks", "residual_blocks") if key in own
     )
     limits = (
         "It was not trained against the encoder of the VAE itself but against a tiny one that stands in for it: expect small differences in "

@@ -151,6 +151,8 @@ def preset_line(preset: str) -> str | None:
         "widths",
         "blocks",
         "convs",
+        "block",
+        "memory",
         "attention_blocks",
         "residual_blocks",
         "upsampling",

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from card import origin
 from config import read_config
 from data import Sources
 from grow import fit_last_layer, fold_upsampling
@@ -63,6 +64,13 @@ def shorten(source: TAEDecoder, blocks: Sequence[int], half: int | None = None) 
     return target
 
 
+def card(source: str) -> str:
+    """Whose the weights are, for the card of what is trained from them: the source's licence and credit."""
+    found = origin(source)
+    header = f"license: {found['licence']}" + (f"\nbase_model: {found['base_model']}" if "base_model" in found else "")
+    return f"---\n{header}\n---\n# {source}, without its stage at full resolution\n\n{found.get('credit', '')}\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="preset or folder of a TAEDecoder")
@@ -87,6 +95,7 @@ def main() -> None:
     with torch.inference_mode():
         error = torch.cat([target.decoder(part) for part in z.split(8)]) - taught
     target.save_pretrained(arguments.out)
+    (arguments.out / "README.md").write_text(card(arguments.source))
     print(f"{arguments.out}: {10 * (4 / error.square().mean()).log10():.2f} dB to the source's pictures of {len(z)} crops")
 
 
