@@ -47,7 +47,7 @@ class Preset:
 PRESETS = {
     preset.name: preset
     for preset in (
-        Preset("subpixel-sdxl", "SubpixelDecoder", "sdxl", "Apache-2.0", {"widths": (192, 96, 48), "blocks": (8, 3, 2), "convs": 2}),
+        Preset("subpixel-sdxl", "SubpixelDecoder", "sdxl", "MIT", {"widths": (128, 64, 64), "blocks": (3, 3, 2), "convs": 3, "block": "tae"}),
         Preset("taesdxl", "TAEDecoder", "sdxl", "MIT", {"width": 64}),
         Preset("taesd", "TAEDecoder", "sd", "MIT", {"width": 64}),
     )
