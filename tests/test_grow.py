@@ -123,7 +123,7 @@ def test_taesdxl_grows(grow: ModuleType) -> None:
 
 def test_subpixel_preset_grows(grow: ModuleType) -> None:
     source = FastDecoder.from_pretrained("subpixel-sdxl")
-    target = SubpixelDecoder(widths=(224, 112, 64), blocks=(9, 4, 2))
+    target = SubpixelDecoder((160, 80, 64), (4, 3, 3), 3, "tae")
     grow.grow(source, target)
     assert error(source.decoder, target.decoder, torch.randn(1, 4, 8, 6)) < 1e-4
 

@@ -25,7 +25,7 @@ from fast_latent_decoders.networks.efficientvit import EfficientViTBlock
 CONFIG = Path(__file__).parent / "configs" / "laptop" / "ablation.yaml"
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"relu": nn.ReLU, "silu": nn.SiLU, "gelu": nn.GELU}
 
-# Name -> what differs from the shipped shape; all cost about as much, 138 to 174 K MAC/px.
+# Name -> what differs from the first subpixel-sdxl; all cost about as much, 138 to 174 K MAC/px.
 VARIANTS: dict[str, dict[str, Any]] = {
     "shipped": {},
     "wide": {"stages": [[256, 4], [96, 3], [48, 2]]},
