@@ -238,6 +238,7 @@ def test_tables_from_a_record() -> None:
 
 def test_markdown_is_padded() -> None:
     assert markdown(["a", "b"], [["long", "1"]]) == "| a    |   b |\n| ---- | --: |\n| long |   1 |"
+    assert markdown(["a"], [["|b|"]]).endswith(r"| \|b\| |")
     assert how({"dtype": "bfloat16", "layout": "channels_last", "mode": "compiled"}) == "bf16 compiled"
 
 
