@@ -37,13 +37,13 @@ print(peak() - before)
 """
 
 
-def peak(way: str, tile_size: int) -> float:
-    """Megabytes (2**20) above what imports, weights and a small decode take, in a process of its own; tile size 0: whole."""
+def told(script: str, *arguments: object) -> float:
+    """The last number that a script prints, in a process of its own."""
     root = Path(fast_latent_decoders.__file__).parents[1]
     # Blocks of a megabyte and more go back at once: how many of them glibc keeps otherwise (up to 32 MB each, and the more the later)
     # differs from run to run by as much as a strip takes.
     environment = {**os.environ, "PYTHONPATH": str(root), "MALLOC_MMAP_THRESHOLD_": str(2**20)}
-    command = [sys.executable, "-c", MEASURE, way, str(tile_size)]
+    command = [sys.executable, "-c", script, *map(str, arguments)]
     result = subprocess.run(command, check=True, env=environment, cwd=root, capture_output=True, text=True)
     return float(result.stdout.split()[-1])
 
@@ -52,7 +52,8 @@ def peak(way: str, tile_size: int) -> float:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the high-water mark from /proc")
 @pytest.mark.parametrize("way", ["socket A", "socket B"])
 def test_tiles_take_less_memory(way: str) -> None:
-    figures = {tile_size: peak(way, tile_size) for tile_size in (0, 128, 64)}
+    # Megabytes (2**20) above what imports, weights and a small decode take; tile size 0: whole.
+    figures = {tile_size: told(MEASURE, way, tile_size) for tile_size in (0, 128, 64)}
     whole, default, small = figures.values()
     print(f"\n2048x2048, float32, {way}: whole {whole:.0f} MB, tiles of 128 latents {default:.0f} MB, of 64 {small:.0f} MB")
     assert small < default < whole

@@ -1,8 +1,5 @@
 """Clips frame by frame: streams equal the whole clip for any split, and take no more memory the longer they are."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-import fast_latent_decoders
 from fast_latent_decoders import SubpixelDecoder, SubpixelTemporalDecoder, stream_frames, swap_decoder
 from fast_latent_decoders.networks import streaming
 from fast_latent_decoders.pictures import to_bytes
 from tests.pipelines import tiny
+from tests.test_memory import told
 
 
 def clips(n: int = 2, frames: int = 7) -> Tensor:
@@ -176,10 +173,7 @@ print(peak() - before)
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the high-water mark from /proc")
 def test_memory_is_flat_in_the_number_of_frames() -> None:
-    root = Path(fast_latent_decoders.__file__).parents[1]
-    environment = {**os.environ, "PYTHONPATH": str(root), "MALLOC_MMAP_THRESHOLD_": str(2**20)}
-    run = [sys.executable, "-c", MEASURE]
-    grown = [float(subprocess.run([*run, str(n)], check=True, env=environment, capture_output=True, text=True).stdout) for n in (14, 200)]
+    grown = [told(MEASURE, n) for n in (14, 200)]
     print(f"\n192x256, float32, above two frames: {grown[0]:.1f} MB for 14 frames, {grown[1]:.1f} MB for 200")
     assert max(grown) < 5  # a frame is 0.6 MB, one activation at half resolution 3
 

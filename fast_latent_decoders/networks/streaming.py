@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import Residual, ResidualBlock, State, squash
-from .subpixel import BLOCKS, SubpixelNetwork
+from .subpixel import SubpixelNetwork
 from .tae import TAEBlock
 
 PIXELS = 2**20  # decoded at once: more frames together gain no speed, and take memory
@@ -47,7 +47,7 @@ class MemoryTAEBlock(Memory, TAEBlock):
     pass
 
 
-MEMORY = {ResidualBlock: MemoryResidualBlock, TAEBlock: MemoryTAEBlock}
+MEMORY: dict[type[nn.Module], type[Memory]] = {ResidualBlock: MemoryResidualBlock, TAEBlock: MemoryTAEBlock}
 
 
 class SubpixelTemporalNetwork(SubpixelNetwork):
@@ -63,13 +63,12 @@ class SubpixelTemporalNetwork(SubpixelNetwork):
         super().__init__(latent_channels, widths, blocks, convs, block)
         if len(memory) != 3 or any(not 0 <= mine <= count for mine, count in zip(memory, blocks, strict=True)):
             raise ValueError(f"expected three numbers of memory blocks, each from 0 to the stage's blocks {tuple(blocks)}; got {tuple(memory)}")
-        plain = type(BLOCKS[block](1, 1))
         places = iter([i for i, layer in enumerate(self.layers) if isinstance(layer, Residual)])
         for width, count, remembering in zip(widths, blocks, memory, strict=True):
             for i in range(count):
                 place = next(places)
                 if i >= count - remembering:
-                    self.layers[place] = MEMORY[plain](width, convs)
+                    self.layers[place] = MEMORY[type(self.layers[place])](width, convs)
 
     def stream(self, z: Tensor, num_frames: int, state: State | None = None) -> tuple[Tensor, State]:
         count = sum(isinstance(layer, Memory) for layer in self.layers)
