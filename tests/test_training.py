@@ -4,6 +4,7 @@ import importlib
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -288,12 +289,29 @@ def test_a_run_that_is_asked_to_end_saves_and_goes_on(tmp_path: Path, monkeypatc
             time.sleep(0.2)
         os.killpg(process.pid, number)
         said = process.communicate(timeout=120)[0]
+        assert (told := re.search(r"stopped at step (\d+) of 100000; the same command goes on", said)), said
         at.append(torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["step"])
-        assert f"stopped at step {at[-1]} of 100000; the same command goes on" in said
+        assert at[-1] == int(told[1])
     run(path, *changes[1:], f"steps={at[-1] + 2}", monkeypatch=monkeypatch)
     told = json.loads((tmp_path / "run/export/run.json").read_text())
     assert [start["step"] for start in told["starts"]] == at
     assert told["steps"] == at[-1] + 2
+
+
+def test_workers_are_deaf_from_birth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked to end in the very moment in which they begin, they go on; the trainer alone decides (it was a crash, seldom)."""
+    latents, data, config_module = module("latents"), module("data"), module("config")
+    c = config_module.read_config(config(tmp_path, "x"), ["workers=2"])
+    sources = {"pictures": data.Sources(c.data, "pictures", 0)}
+    shards = latents.Shards(c, sources, None, Accelerator(cpu=True))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "set_num_threads", lambda _: time.sleep(0.3))  # what a worker does first of all: made slow
+        batches = shards._crops(0, "pictures", 0)
+    for worker in batches._workers:
+        os.kill(worker.pid, signal.SIGTERM)
+    assert sum(len(batch.target) for batch in batches) == shards.count(c.stages[0], "pictures")
+    for ending in (signal.SIGINT, signal.SIGTERM):
+        assert ending not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ import torch
 from accelerate import Accelerator
 from config import Config, Stage, build_decoder, read_config
 from data import Crops, Sources, collate
-from running import sentences
+from running import ENDING, born_deaf, sentences
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -103,7 +103,9 @@ class Shards:
         crops = Crops(part, c.stages[stage], c.faces, seed, self.count(c.stages[stage], kind), kind == "clips")
         size = max(1, 32 // frames)
         ahead = -(-len(crops) // size // c.workers) if c.workers else None  # the whole of the next shard
-        return iter(DataLoader(crops, size, num_workers=c.workers, collate_fn=collate, prefetch_factor=ahead, worker_init_fn=deaf))
+        # Deaf from birth: torch gives a worker a SIGTERM handler that ends it, before worker_init_fn is called.
+        with born_deaf():
+            return iter(DataLoader(crops, size, num_workers=c.workers, collate_fn=collate, prefetch_factor=ahead, worker_init_fn=deaf))
 
     def _make(self, stage: int, kind: str, number: int) -> Shard:
         c, encoder = self.c, self.encoder
@@ -153,7 +155,7 @@ class Shards:
 
 def deaf(_: int) -> None:
     """A signal to all processes (Ctrl-C, a cluster's SIGTERM) is for the trainer, which saves; its workers end when it does."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in ENDING:
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -68,9 +68,25 @@ def save(path: Path, state: dict[str, Any]) -> None:
     temporary.replace(path)
 
 
+ENDING = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextmanager
+def born_deaf() -> Iterator[None]:
+    """Processes started in here hold Ctrl-C and SIGTERM back from their first instruction on; ours wait until we are out."""
+    mask = getattr(signal, "pthread_sigmask", None)  # not on Windows
+    if mask:
+        mask(signal.SIG_BLOCK, ENDING)
+    try:
+        yield
+    finally:
+        if mask:
+            mask(signal.SIG_UNBLOCK, ENDING)
+
+
 def stop_requested() -> Callable[[], bool]:
     """True once the process was asked to end (Ctrl-C, SIGTERM): the loop then ends at a whole step and saves."""
     asked: list[int] = []
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in ENDING:
         signal.signal(number, lambda received, _: asked.append(received))
     return lambda: bool(asked)
