@@ -104,6 +104,9 @@ def stream_frames(pipe: Any, *args: Any, **kwargs: Any) -> Iterator[list[Image]]
             f"this pipeline decodes with {type(decoder).__name__}, which cannot stream; "
             'call swap_decoder(pipe, "subpixel-temporal-svd") first'
         )
+    network = decoder.network if isinstance(decoder, DecoderSocket) else decoder.decoder
+    if not network.streams:  # said now, not after the denoising
+        raise TypeError(f"{type(network).__name__} needs the whole clip at once: call the pipeline itself, with decode_chunk_size=num_frames")
     latents = pipe(*args, output_type="latent", **kwargs).frames
     if not isinstance(pipe.unet, UNetSpatioTemporalConditionModel):
         latents = latents.transpose(1, 2)  # AnimateDiff: (clips, C, frames, h, w)

@@ -151,6 +151,19 @@ def test_a_stock_pipeline_does_not_stream() -> None:
         next(stream_frames(tiny.svd()))
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_decoder_of_whole_clips_is_refused_before_the_denoising(whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = tiny.svd()
+    decoder = tiny.decoder("temporal", "sd")
+    if whole:
+        pipe.vae = decoder
+    else:
+        swap_decoder(pipe, decoder)
+    monkeypatch.setattr(type(pipe), "__call__", lambda *_, **__: pytest.fail("it denoised"))
+    with pytest.raises(TypeError, match="needs the whole clip at once: call the pipeline itself, with decode_chunk_size"):
+        next(stream_frames(pipe, tiny.still()))
+
+
 MEASURE = """
 import sys
 from pathlib import Path

@@ -58,12 +58,17 @@ class BlockNetwork(nn.Module):
     def mixes_frames(self) -> bool:
         return any(getattr(layer, "temporal", False) for layer in self.layers)
 
+    @property
+    def streams(self) -> bool:
+        """Whether frames can be decoded as they come; else a clip is wanted whole."""
+        return type(self).stream is not BlockNetwork.stream or not self.mixes_frames
+
     def stream(self, z: Tensor, num_frames: int, state: State | None = None) -> tuple[Tensor, State]:
         """The next `num_frames` frames of each clip, and what the frames after them need; `state` is that of the frames before.
 
         Raises TypeError: the network cannot; ValueError: a state of other clips.
         """
-        if not self.mixes_frames:
+        if self.streams:
             return self(z), []
         raise TypeError(f"{type(self).__name__} needs the whole clip at once: decode(latents, num_frames=...)")
 
