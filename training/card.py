@@ -28,7 +28,7 @@ FAMILIES = {
 }
 TERMS = {
     "l1": "L1", "mse": "squared error", "charbonnier": "Charbonnier, a smooth L1", "frequency": "difference of the spectra",
-    "ms_ssim": "1 - MS-SSIM", "colour": "L1 of the means over 8x8 px", "detail": "L1 of the local contrast near Nyquist", "lattice": "L1 of the sub-pixels' means over 8x8 px", "temporal": "difference of the changes between frames",
+    "ms_ssim": "1 - MS-SSIM", "colour": "L1 of the means over 8x8 px", "detail": "local contrast near Nyquist, too little of it weighing more", "lattice": "L1 of the sub-pixels' means over 8x8 px", "temporal": "difference of the changes between frames",
     "reencode": "difference of the latents when encoded again", "lpips": "LPIPS on VGG16 (BSD-2-Clause, Zhang et al.)",
     "stlpips": "shift-tolerant LPIPS (BSD-2-Clause, Ghildyal and Liu)", "squeeze": "features of SqueezeNet 1.1 (BSD, DeepScale)",
 }  # fmt: skip

@@ -1,5 +1,6 @@
 """Quality of a decoder on held-out pictures, by the conventions of DESIGN 5."""
 
+import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from fast_latent_decoders.evaluation import colour
 from fast_latent_decoders.evaluation.encoders import FrozenEncoder
+from fast_latent_decoders.evaluation.luma import sharpness
 from fast_latent_decoders.evaluation.reading import Sample
 from fast_latent_decoders.evaluation.run import to_bytes
 from fast_latent_decoders.sheet import Compared, draw_sheet
@@ -30,7 +32,8 @@ def latents_of(encoder: FrozenEncoder, samples: list[Sample]) -> Iterator[tuple[
 def measure_picture(y: Tensor, x: Tensor, stlpips: ShiftTolerantLPIPS) -> dict[str, float]:
     """A decoded picture or clip (T, 3, H, W) against the truth, both rounded to bytes: what a saved picture has; means over frames.
 
-    PSNR in dB; signed tint per channel and its size in 1/255; ST-LPIPS; SSIM. `fld evaluate` has more, and intervals.
+    PSNR in dB; signed tint per channel and its size in 1/255; ST-LPIPS; SSIM; power near Nyquist over the truth's, of those frames
+    whose truth has some. `fld evaluate` has more, and intervals.
     """
     device = next(stlpips.parameters()).device
     a, b = to_bytes(y), to_bytes(x)
@@ -46,6 +49,8 @@ def measure_picture(y: Tensor, x: Tensor, stlpips: ShiftTolerantLPIPS) -> dict[s
         **{f"tint_{c}": value for c, value in zip("rgb", tint.tolist(), strict=True)},
         "tint_size": tint.abs().mean().item(),
     }
+    if ratios := [ratio for mine, true in zip(a, b, strict=True) if math.isfinite(ratio := sharpness(mine, true))]:
+        found["sharpness"] = float(np.mean(ratios))
     if len(a) > 1:
         found["temporal"] = temporal(a.float(), b.float(), len(a)).item()  # L_TAE in 1/255
     return found
@@ -76,7 +81,9 @@ def measure(
         if detector and (mask := detector.mask(to_bytes(x), sample.boxes)).any():
             error = (to_bytes(y).float() - to_bytes(x).float()).square().mean(1, keepdim=True)[mask].mean()
             rows[-1]["psnr_faces"] = (10 * torch.log10(255**2 / error.clamp_min(1e-6))).item()
-    means = {key: float(np.mean([row[key] for row in rows if key in row])) for key in {key: None for row in rows for key in row}}
+    columns = {key: [row[key] for row in rows if key in row] for key in {key: None for row in rows for key in row}}
+    # One picture of little detail can have any ratio: the median.
+    means = {key: float((np.median if key == "sharpness" else np.mean)(column)) for key, column in columns.items()}
     return {key: round(value, 4) for key, value in {**means, **flat_colours(decode, encoder, every=97)}.items()}
 
 
