@@ -31,7 +31,7 @@ class SubpixelDecoder(FastDecoder):
     """Our own family: capacity at 1/8 resolution, every upsampling a convolution and a pixel shuffle (issue 9).
 
     Args:
-        widths: channels at 1/8, 1/4 and 1/2 of the picture's resolution.
+        widths: channels at 1/8, 1/4 and 1/2 of the picture's resolution; fewer, and the last pixel shuffle goes by 4 or 8.
         blocks: residual blocks at each.
         convs: 3x3 convolutions in each block.
         block: "residual", or "tae" for TAESD's, which end in a ReLU.

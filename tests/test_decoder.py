@@ -159,7 +159,7 @@ def test_latents_of_another_form_are_refused_with_both_shapes(z: torch.Tensor) -
         ({"latent_space": "sdxl", "scaling_factor": 0.18215}, "has scaling_factor 0.13025, got 0.18215"),
         ({"latent_space": "mine"}, "latent_channels must be given"),
         ({"latent_space": "mine", "latent_channels": 16}, "latent_channels and scaling_factor must be given"),
-        ({"widths": (8, 8)}, "three widths and three block counts"),
+        ({"widths": (8, 8)}, "up to three widths and as many block counts"),
     ],
 )
 def test_a_configuration_that_cannot_be_is_refused(config: dict[str, Any], sentence: str) -> None:

@@ -27,6 +27,7 @@ ROOT = Path(__file__).parent.parent
 FAMILIES: dict[str, tuple[type[FastDecoder], dict[str, Any]]] = {
     "tae": (TAEDecoder, {"width": 8, "blocks": (1, 1, 1, 1)}),
     "subpixel": (SubpixelDecoder, {"widths": (12, 8, 6), "blocks": (1, 1, 1), "convs": 3}),
+    "subpixel-4": (SubpixelDecoder, {"widths": (12, 8), "blocks": (1, 1), "convs": 3}),
     "efficientvit": (EfficientViTDecoder, {"widths": (32, 16, 8), "attention_blocks": 1, "residual_blocks": (1, 1)}),
     "temporal": (TAETemporalDecoder, {"width": 32, "blocks": (1, 1, 1, 1)}),
     "streaming": (SubpixelTemporalDecoder, {"widths": (12, 8, 6), "blocks": (2, 1, 1), "memory": (1, 1, 0), "latent_space": "sdxl"}),
@@ -73,6 +74,7 @@ GROWN = [
     ("tae", {"width": 9, "blocks": (2, 2, 2, 2), "upsampling": "bilinear"}),
     ("subpixel", {"widths": (20, 8, 7)}),
     ("subpixel", {"widths": (16, 12, 8), "blocks": (3, 1, 2)}),
+    ("subpixel-4", {"widths": (16, 12), "blocks": (3, 2)}),
     ("efficientvit", {"widths": (64, 24, 16)}),
     ("efficientvit", {"widths": (96, 16, 16), "attention_blocks": 3, "residual_blocks": (2, 2)}),
     ("temporal", {"blocks": (2, 3, 1, 2)}),
@@ -259,7 +261,7 @@ def last_conv(network: BlockNetwork) -> nn.Conv2d:
     return [module for module in network.modules() if isinstance(module, nn.Conv2d)][-1]
 
 
-@pytest.mark.parametrize("family", ["tae", "subpixel", "efficientvit", "temporal"])
+@pytest.mark.parametrize("family", ["tae", "subpixel", "subpixel-4", "efficientvit", "temporal"])
 def test_the_fit_recovers_a_disturbed_last_layer(grow: ModuleType, family: str) -> None:
     network = made(family).decoder.train()
     z = torch.randn(5, 4, 6, 5)

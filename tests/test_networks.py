@@ -22,6 +22,8 @@ SMALL = {
     "efficientvit": lambda channels=4: EfficientViTNetwork(channels, (32, 16, 8), 2, (1, 1)),
     "published efficientvit": PublishedEfficientViTNetwork,
     "subpixel": lambda channels=4: SubpixelNetwork(channels, (16, 16, 8), (1, 1, 1), 2),
+    "subpixel by 4": lambda channels=4: SubpixelNetwork(channels, (16, 16), (1, 1), 2),
+    "subpixel by 8": lambda channels=4: SubpixelNetwork(channels, (16,), (1,), 2),
 }
 small = pytest.mark.parametrize("name", SMALL)
 
@@ -138,7 +140,7 @@ def test_halo(network, halo):
         assert network().halo() == halo
 
 
-@pytest.mark.parametrize("name", ["tae", "tae bilinear", "published efficientvit", "subpixel"])
+@pytest.mark.parametrize("name", ["tae", "tae bilinear", "published efficientvit", "subpixel", "subpixel by 4", "subpixel by 8"])
 def test_nothing_reaches_past_the_halo(name):
     network = build(name)
     halo = network.halo()

@@ -62,6 +62,15 @@ def test_another_width_at_half_resolution_is_new_from_there_on(shorten: ModuleTy
         assert narrow.decode(z).sample.shape == (1, 3, 48, 48)
 
 
+def test_without_a_stage_at_half_resolution_the_head_stands_there(shorten: ModuleType) -> None:
+    source, z = TAEDecoder(width=8, blocks=(1, 2, 1, 1)), torch.randn(1, 4, 6, 6)
+    longer, shallow = shorten.shorten(source, (1, 2, 1)), shorten.shorten(source, (1, 2))
+    assert shallow.config.widths == [8, 8]
+    with torch.no_grad():
+        torch.testing.assert_close(shallow.decoder.layers[:6](z), longer.decoder.layers[:6](z))
+        assert shallow.decode(z).sample.shape == (1, 3, 48, 48)
+
+
 def test_tiles_of_its_blocks_are_exact(shorten: ModuleType) -> None:
     short, z = shorten.shorten(TAEDecoder(width=8, blocks=(1, 1, 1, 1)), (1, 1, 1)), torch.randn(1, 4, 21, 13)
     with torch.no_grad():
@@ -73,6 +82,10 @@ def test_tiles_of_its_blocks_are_exact(shorten: ModuleType) -> None:
 def test_what_cannot_be_shortened_is_an_error(shorten: ModuleType) -> None:
     with pytest.raises(ValueError, match=r"from 1 to those of the source, \(1, 1, 1\), got \(2, 1, 1\)"):
         shorten.shorten(TAEDecoder(width=8, blocks=(1, 1, 1, 1)), (2, 1, 1))
+    with pytest.raises(ValueError, match="expected two or three block counts"):
+        shorten.shorten(TAEDecoder(width=8), (1,))
+    with pytest.raises(ValueError, match="no width at 1/2 where there is no such stage"):
+        shorten.shorten(TAEDecoder(width=8), (1, 1), half=4)
     with pytest.raises(ValueError, match="upsamples nearest, got bilinear"):
         shorten.shorten(TAEDecoder(width=8, upsampling="bilinear"), (1, 1, 1))
     with pytest.raises(ValueError, match="expected block to be one of residual, tae; got 'vit'"):

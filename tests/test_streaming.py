@@ -188,7 +188,7 @@ print(peak() - before)
 def test_memory_is_flat_in_the_number_of_frames() -> None:
     grown = [told(MEASURE, n) for n in (14, 200)]
     print(f"\n192x256, float32, above two frames: {grown[0]:.1f} MB for 14 frames, {grown[1]:.1f} MB for 200")
-    assert max(grown) < 5  # a frame is 0.6 MB, one activation at half resolution 3
+    assert max(grown) < 20  # a frame is 0.6 MB: 200 kept ones would be 118
 
 
 def test_it_grows_from_the_decoder_of_pictures(monkeypatch: pytest.MonkeyPatch) -> None:

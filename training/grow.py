@@ -197,8 +197,7 @@ def fit_last_layer(network: BlockNetwork, latents: Tensor, targets: Tensor, ridg
             with bias, with or without a pixel shuffle.
     """
     last = network.layers[-1]
-    shuffled = isinstance(last, SubpixelUp)
-    conv = last[0] if isinstance(last, SubpixelUp) else last
+    conv, factor = (last[0], last.factor) if isinstance(last, SubpixelUp) else (last, 1)
     if not _is_plain_3x3(conv) or conv.bias is None:
         raise ValueError(f"expected a network that ends in a plain 3x3 convolution with bias, got {last}; fold branches first")
     expected = (len(latents), 3, *(8 * side for side in latents.shape[2:]))
@@ -221,7 +220,7 @@ def fit_last_layer(network: BlockNetwork, latents: Tensor, targets: Tensor, ridg
             network(z.to(conv.weight))
             features, output = F.pad(seen[0], (1, 1, 1, 1)), seen[1].double()
             wanted = (target.to(output) - ends[0]) / (ends[1] - ends[0])
-            error = (F.pixel_unshuffle(wanted, 2) if shuffled else wanted) - output
+            error = (F.pixel_unshuffle(wanted, factor) if factor > 1 else wanted) - output
             for top in range(0, error.shape[2], 16):
                 x = F.unfold(features[:, :, top : top + 18].double(), 3).transpose(0, 1).flatten(1)  # (9C, pixels)
                 x = torch.cat([x, torch.ones_like(x[:1])])

@@ -31,19 +31,22 @@ def shorten(source: TAEDecoder, blocks: Sequence[int], half: int | None = None) 
     """The first `blocks` of the source's blocks at 1/8, 1/4 and 1/2; what follows them there is left out, and the head is new.
 
     Args:
+        blocks: three counts, or two: then the head goes from 1/4 to the picture.
         half: another width at 1/2, where most of the work is: that stage is new then too.
 
     Raises:
         ValueError: more blocks than the source has, or bilinear upsampling, which no 3x3 sub-pixel convolution equals.
     """
     most = tuple(source.config.blocks[:3])
-    if len(blocks) != 3 or any(not 1 <= mine <= theirs for mine, theirs in zip(blocks, most, strict=True)):
-        raise ValueError(f"expected three block counts from 1 to those of the source, {most}, got {tuple(blocks)}")
+    if len(blocks) not in (2, 3) or any(not 1 <= mine <= theirs for mine, theirs in zip(blocks, most, strict=False)):
+        raise ValueError(f"expected two or three block counts from 1 to those of the source, {most}, got {tuple(blocks)}")
+    if half and len(blocks) == 2:
+        raise ValueError(f"expected no width at 1/2 where there is no such stage, got {half} and block counts {tuple(blocks)}")
     if source.config.upsampling != "nearest":
         raise ValueError(f"expected a source that upsamples nearest, got {source.config.upsampling}")
     shared = {name: source.config[name] for name in ("latent_space", "latent_channels", "scaling_factor", "shift_factor", "encoder")}
     width = source.config.width
-    target = SubpixelDecoder([width, width, half or width], tuple(blocks), 3, "tae", **shared)
+    target = SubpixelDecoder([width, width, half or width][: len(blocks)], tuple(blocks), 3, "tae", **shared)
     stages: list[list[nn.Module]] = [[]]
     for layer in fold_upsampling(source.decoder).layers:
         if isinstance(layer, nn.PixelShuffle):
@@ -54,7 +57,7 @@ def shorten(source: TAEDecoder, blocks: Sequence[int], half: int | None = None) 
     for stage, count in zip(stages, blocks, strict=False):
         theirs = [layer for layer in stage if isinstance(layer, TAEBlock)]
         kept += [layer for layer in stage if layer not in theirs[count:]]
-    # The last one leads to full resolution: the head stands in its place.
+    # The last one leads on to what is left out: the head stands in its place.
     for mine, layer in zip(list(target.decoder.layers)[:-1], kept[:-1], strict=True):
         weights = layer.state_dict()
         if isinstance(mine, SubpixelUp):
@@ -75,7 +78,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="preset or folder of a TAEDecoder")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--blocks", type=int, nargs=3, default=(3, 3, 3), metavar="N", help="at 1/8, 1/4 and 1/2 of the resolution")
+    parser.add_argument("--blocks", type=int, nargs="+", default=(3, 3, 3), metavar="N", help="at 1/8, 1/4 and, if at all, 1/2 of the resolution")
     parser.add_argument("--half", type=int, metavar="WIDTH", help="another width at 1/2; that stage begins at random")
     parser.add_argument("--config", required=True, help="YAML file of train.py: its crops and their latents")
     parser.add_argument("--crops", type=int, default=256, help="that the head is fitted to")

@@ -87,7 +87,9 @@ class BlockNetwork(nn.Module):
                 return None
             if isinstance(module, nn.Conv2d):
                 halo += (module.kernel_size[0] - 1) // 2 * module.dilation[0]
-            elif isinstance(module, (nn.Upsample, nn.PixelShuffle)):
+            elif isinstance(module, nn.PixelShuffle):
+                halo = -(-halo // module.upscale_factor)
+            elif isinstance(module, nn.Upsample):
                 halo = -(-halo // 2)
         return halo
 
@@ -130,15 +132,17 @@ def zero_init(module: nn.Module) -> nn.Module:
 
 
 class SubpixelUp(nn.Sequential):
-    """Twice the resolution by a 3x3 convolution and a pixel shuffle.
+    """`factor` times the resolution by a 3x3 convolution and a pixel shuffle.
 
-    The four sub-pixel kernels of a channel start equal (Aitken et al. 2017), as nearest upsampling would be:
+    The sub-pixel kernels of a channel start equal (Aitken et al. 2017), as nearest upsampling would be:
     no checkerboard before the first step.
     """
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        conv = nn.Conv2d(in_channels, 4 * out_channels, 3, padding=1)
+    def __init__(self, in_channels: int, out_channels: int, factor: int = 2) -> None:
+        phases = factor**2
+        conv = nn.Conv2d(in_channels, phases * out_channels, 3, padding=1)
         with torch.no_grad():
             for parameter in conv.parameters():
-                parameter.copy_(parameter[::4].repeat_interleave(4, dim=0))
-        super().__init__(conv, nn.PixelShuffle(2))
+                parameter.copy_(parameter[::phases].repeat_interleave(phases, dim=0))
+        super().__init__(conv, nn.PixelShuffle(factor))
+        self.factor = factor

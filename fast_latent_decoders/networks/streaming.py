@@ -61,8 +61,8 @@ class SubpixelTemporalNetwork(SubpixelNetwork):
         self, latent_channels: int, widths: Sequence[int], blocks: Sequence[int], convs: int, block: str = "residual", memory: Sequence[int] = (1, 1, 0)
     ) -> None:
         super().__init__(latent_channels, widths, blocks, convs, block)
-        if len(memory) != 3 or any(not 0 <= mine <= count for mine, count in zip(memory, blocks, strict=True)):
-            raise ValueError(f"expected three numbers of memory blocks, each from 0 to the stage's blocks {tuple(blocks)}; got {tuple(memory)}")
+        if len(memory) != len(blocks) or any(not 0 <= mine <= count for mine, count in zip(memory, blocks, strict=True)):
+            raise ValueError(f"expected a number of memory blocks for each stage, from 0 to the stage's blocks {tuple(blocks)}; got {tuple(memory)}")
         places = iter([i for i, layer in enumerate(self.layers) if isinstance(layer, Residual)])
         for width, count, remembering in zip(widths, blocks, memory, strict=True):
             for i in range(count):
