@@ -18,9 +18,10 @@ OURS = "apache-2.0"
 SPACES = {"sdxl": "SDXL", "sd": "SD 1.x, SD 2.x and Stable Video Diffusion"}
 TINY = {"sdxl": "TAESDXL's encoder (MIT, Ollin Boer Bohan)", "sd": "TAESD's encoder (MIT, Ollin Boer Bohan)"}
 FAMILIES = {
-    "SubpixelDecoder": "Residual blocks at 1/8, 1/4 and 1/2 of the picture's resolution, nothing at full resolution; every upsampling is "
+    "SubpixelDecoder": "Residual blocks at {stages} of the picture's resolution, nothing at full resolution; every upsampling is "
     "a convolution and a pixel shuffle. No normalisation: tiles are exact, float16 is finite.",
-    "SubpixelTemporalDecoder": "The Subpixel family with layers that mix the frames of a clip.",
+    "SubpixelTemporalDecoder": "The Subpixel family; some blocks at low resolution also see the frame before, so a clip can be decoded as it comes, or in one call. "
+    "No normalisation: float16 is finite.",
     "TAEDecoder": "TAESD's layer list at one width. No normalisation: tiles are exact, float16 is finite.",
     "TAETemporalDecoder": "TAESD's layer list at one width with one spatio-temporal mid block: frames are mixed within one decode call, "
     "so leave `decode_chunk_size` at its default, all frames. Tiles are blended.",
@@ -28,7 +29,7 @@ FAMILIES = {
 }
 TERMS = {
     "l1": "L1", "mse": "squared error", "charbonnier": "Charbonnier, a smooth L1", "frequency": "difference of the spectra",
-    "ms_ssim": "1 - MS-SSIM", "colour": "L1 of the means over 8x8 px", "detail": "local contrast near Nyquist, too little of it weighing more", "lattice": "L1 of the sub-pixels' means over 8x8 px", "temporal": "difference of the changes between frames",
+    "ms_ssim": "1 - MS-SSIM", "colour": "L1 of the means over 8x8 px", "detail": "local contrast near Nyquist, too little of it weighing more", "lattice": "rms of a pattern that errors repeat every 2 or 8 px", "temporal": "difference of the changes between frames",
     "reencode": "difference of the latents when encoded again", "lpips": "LPIPS on VGG16 (BSD-2-Clause, Zhang et al.)",
     "stlpips": "shift-tolerant LPIPS (BSD-2-Clause, Ghildyal and Liu)", "squeeze": "features of SqueezeNet 1.1 (BSD, DeepScale)",
 }  # fmt: skip
@@ -47,7 +48,7 @@ def header_of(card: str) -> dict[str, Any]:
 def origin(init: str) -> dict[str, str]:
     """Whose the initial weights are, by their own card: `licence` (of the Hub's list), `credit`, and `base_model` if they have a Hub id.
 
-    `licence` is "unknown" where no card tells.
+    `licence` is "unknown" where no card tells; `title` is the card's.
     """
     try:
         location = locate(init)
@@ -59,6 +60,8 @@ def origin(init: str) -> dict[str, str]:
     found = {"licence": str(header.get("license", "unknown"))}
     if credit := re.search(r"Weights by .*?(?=\n\n|\Z)", text, flags=re.DOTALL):  # as in the cards of hub_cards and in ours
         found["credit"] = " ".join(credit[0].split())
+    if title := re.search(r"^# (.+)$", text, flags=re.MULTILINE):
+        found["title"] = title[1].strip("`")
     if HUB_ORG and init in PRESETS:
         found["base_model"] = f"{HUB_ORG}/{init}"
     elif not Path(location).exists() and re.fullmatch(r"\w[\w.-]*/[\w.-]+", location):
@@ -193,7 +196,7 @@ def make_card(c: "Config", model: FastDecoder, summary: dict[str, Any], machine:
         f"---\n{yaml.safe_dump(header, sort_keys=False, default_flow_style=None)}---",
         f"# {name}\n",
         f"A small, fast decoder for {SPACES.get(space, space)} latents: a `{family}` of `fast_latent_decoders` ({shape}).",
-        f"{FAMILIES.get(family, '')}\n",
+        FAMILIES.get(family, "").format(stages=["1/8", "1/8 and 1/4", "1/8, 1/4 and 1/2"][len(own.get("widths", ())[:3]) - 1]) + "\n",
         f"{sizes.parameters:,} parameters, {sizes.megabytes:.1f} MB in float16, {sizes.mac_per_pixel / 1e3:.0f} K multiply-accumulates per pixel.\n",
         "```python\nfrom fast_latent_decoders import FastDecoder, swap_decoder",
         f'pipe.vae = FastDecoder.from_pretrained("{load}", torch_dtype=pipe.dtype).to(pipe.device)  # the whole VAE',
@@ -226,4 +229,4 @@ def tell_licence(init: str | None, first: dict[str, str], licence: str) -> str:
     name = {"mit": "MIT", "apache-2.0": "Apache-2.0"}.get(licence, licence)
     if licence == "unknown":
         return f"Unknown: the initial weights are those of `{shown(init)}`, and no card tells their licence."
-    return f"{name}, the licence of the initial weights, which are those of `{shown(init)}`. {first.get('credit', '')}".rstrip()
+    return f"{name}, the licence of the initial weights, which are those of `{first.get('title', shown(init))}`. {first.get('credit', '')}".rstrip()

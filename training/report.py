@@ -21,7 +21,8 @@ from fast_latent_decoders.atomic import FileError, replacing
 
 VALIDATION = {
     "psnr": "PSNR, dB (higher is better)", "ssim": "SSIM (higher is better)", "stlpips": "ST-LPIPS (lower is better)",
-    "tint_size": "mean |tint|, 1/255 (lower is better)", "sharpness": "power near Nyquist, of the truth's (1 is right)", "psnr_faces": "PSNR in faces, dB (higher is better)",
+    "tint_size": "mean |tint|, 1/255 (lower is better)", "sharpness": "power near Nyquist, of the truth's (1 is right)",
+    "mesh": "mesh of 8 px, 1/255 (lower is better)", "psnr_faces": "PSNR in faces, dB (higher is better)",
     "flat_psnr": "flat colours: PSNR, dB (higher is better)", "flat_worst": "flat colours: worst error, 1/255 (lower is better)",
 }  # fmt: skip
 THROUGHPUT = {

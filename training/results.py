@@ -23,7 +23,7 @@ from fast_latent_decoders.presets import DEFAULT
 ROOT = Path(__file__).parent.parent
 CARDS = ROOT / "hub_cards"
 BLOCK = re.compile(r"(?<=<!-- results -->\n).*?(?=<!-- end of results -->)", re.DOTALL)
-METRIC = ("psnr", "ssim", "ms_ssim", "ssimulacra2", "stlpips", "tint", "sharpness")  # columns, where they were measured
+METRIC = ("psnr", "ssim", "ms_ssim", "ssimulacra2", "stlpips", "tint", "sharpness", "mesh")  # columns, where they were measured
 Record = dict[str, Any]
 
 

@@ -67,11 +67,11 @@ def shorten(source: TAEDecoder, blocks: Sequence[int], half: int | None = None) 
     return target
 
 
-def card(source: str) -> str:
+def card(source: str, stages: int) -> str:
     """Whose the weights are, for the card of what is trained from them: the source's licence and credit."""
     found = origin(source)
     header = f"license: {found['licence']}" + (f"\nbase_model: {found['base_model']}" if "base_model" in found else "")
-    return f"---\n{header}\n---\n# {source}, without its stage at full resolution\n\n{found.get('credit', '')}\n"
+    return f"---\n{header}\n---\n# {source}, without {['its stages at half and full', 'its stage at full'][stages - 2]} resolution\n\n{found.get('credit', '')}\n"
 
 
 def main() -> None:
@@ -98,7 +98,7 @@ def main() -> None:
     with torch.inference_mode():
         error = torch.cat([target.decoder(part) for part in z.split(8)]) - taught
     target.save_pretrained(arguments.out)
-    (arguments.out / "README.md").write_text(card(arguments.source))
+    (arguments.out / "README.md").write_text(card(arguments.source, len(arguments.blocks)))
     print(f"{arguments.out}: {10 * (4 / error.square().mean()).log10():.2f} dB to the source's pictures of {len(z)} crops")
 
 

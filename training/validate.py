@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fast_latent_decoders.evaluation import colour
 from fast_latent_decoders.evaluation.encoders import FrozenEncoder
-from fast_latent_decoders.evaluation.luma import sharpness
+from fast_latent_decoders.evaluation.luma import mesh, sharpness
 from fast_latent_decoders.evaluation.reading import Sample
 from fast_latent_decoders.evaluation.run import to_bytes
 from fast_latent_decoders.sheet import Compared, draw_sheet
@@ -32,7 +32,7 @@ def latents_of(encoder: FrozenEncoder, samples: list[Sample]) -> Iterator[tuple[
 def measure_picture(y: Tensor, x: Tensor, stlpips: ShiftTolerantLPIPS) -> dict[str, float]:
     """A decoded picture or clip (T, 3, H, W) against the truth, both rounded to bytes: what a saved picture has; means over frames.
 
-    PSNR in dB; signed tint per channel and its size in 1/255; ST-LPIPS; SSIM; power near Nyquist over the truth's, of those frames
+    PSNR in dB; signed tint per channel, its size and the mesh in 1/255; ST-LPIPS; SSIM; power near Nyquist over the truth's, of those frames
     whose truth has some. `fld evaluate` has more, and intervals.
     """
     device = next(stlpips.parameters()).device
@@ -48,6 +48,7 @@ def measure_picture(y: Tensor, x: Tensor, stlpips: ShiftTolerantLPIPS) -> dict[s
         "stlpips": float(np.mean(distances)),
         **{f"tint_{c}": value for c, value in zip("rgb", tint.tolist(), strict=True)},
         "tint_size": tint.abs().mean().item(),
+        "mesh": float(np.mean([mesh(mine, true) for mine, true in zip(a, b, strict=True)])),
     }
     if ratios := [ratio for mine, true in zip(a, b, strict=True) if math.isfinite(ratio := sharpness(mine, true))]:
         found["sharpness"] = float(np.mean(ratios))

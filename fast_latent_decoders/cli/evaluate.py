@@ -11,7 +11,7 @@ from .run import Run, count, wrong_usage
 if TYPE_CHECKING:
     from PIL import Image
 
-PICTURES = ["psnr", "ssim", "ms_ssim", "lpips_vgg", "stlpips", "ssimulacra2", "tint_r", "tint_g", "tint_b", "tint", "sharpness"]
+PICTURES = ["psnr", "ssim", "ms_ssim", "lpips_vgg", "stlpips", "ssimulacra2", "tint_r", "tint_g", "tint_b", "tint", "sharpness", "mesh"]
 
 
 def evaluate(

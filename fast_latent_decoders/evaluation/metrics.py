@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fast_latent_decoders.evaluation.backbones import Unavailable, fetch, needing, torchvision_url
 from fast_latent_decoders.evaluation.info import MetricInfo
-from fast_latent_decoders.evaluation.luma import luma, sharpness
+from fast_latent_decoders.evaluation.luma import luma, mesh, sharpness
 
 HIGHEST_PSNR = 100.0  # dB; of equal pictures, whose PSNR is infinite and would make every mean infinite
 BLUR = 2.0  # px, sigma: agreement looks at what is larger than the texture a decoder makes up
@@ -45,6 +45,7 @@ METRICS = {
         MetricInfo("tint_b", "tint blue", "zero", "1/255"),
         MetricInfo("tint", "mean |tint|", "lower", "1/255"),
         MetricInfo("sharpness", "sharpness", "one", digits=3, smallest=16),
+        MetricInfo("mesh", "mesh", "lower", "1/255", smallest=64),
     )
 }
 
@@ -247,5 +248,6 @@ OPENERS: dict[str, Callable[[str], Measure]] = {
     "tint_b": lambda device: lambda a, b: tints(a, b)[2],
     "tint": lambda device: tint,
     "sharpness": lambda device: sharpness,
+    "mesh": lambda device: mesh,
     **{name: lambda device, name=name: lambda a, b: agreement(a[None], b[None])[name][0] for name in AGREEMENT},  # type: ignore[misc]
 }
