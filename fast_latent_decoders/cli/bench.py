@@ -14,7 +14,7 @@ from .run import wrong_usage
 if TYPE_CHECKING:
     from ..evaluation.bench import Options
 
-DECODERS = ["subpixel-sdxl", "taesdxl", "tae-192", "efficientvit", "sdxl-vae"]
+DECODERS = ["subpixel-sdxl", "subpixel-small-sdxl", "taesdxl", "tae-192", "efficientvit", "sdxl-vae"]
 PLOTS = (".png", ".svg", ".pdf")
 
 

@@ -18,6 +18,7 @@ def evaluate(
     data: Annotated[list[str], typer.Argument(help="Folders, or patterns of WebDataset shards: 'val/*.tar'; with --agreement, of latents.")],
     decoder: Annotated[list[str], typer.Option(help="A preset, folder or Hub id, of ours or a diffusers VAE; several times.")] = [  # noqa: B006
         "subpixel-sdxl",
+        "subpixel-small-sdxl",
         "taesdxl",
     ],
     out: Annotated[Path, typer.Option(help="Folder of the report; called again, an evaluation goes on.")] = Path("evaluation"),
