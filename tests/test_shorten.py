@@ -71,6 +71,23 @@ def test_without_a_stage_at_half_resolution_the_head_stands_there(shorten: Modul
         assert shallow.decode(z).sample.shape == (1, 3, 48, 48)
 
 
+def test_a_subpixel_decoder_is_shortened_alike(shorten: ModuleType) -> None:
+    source = SubpixelDecoder(widths=[8, 8, 4], blocks=[1, 2, 2], convs=2, block="residual")
+    for parameter in source.parameters():  # the last convolution of a block begins at zero
+        torch.nn.init.normal_(parameter, std=0.1)
+    short, z = shorten.shorten(source, (1, 1, 1)), torch.randn(1, 4, 5, 6)
+    assert (tuple(short.config.widths), tuple(short.config.blocks), short.config.convs, short.config.block) == ((8, 8, 4), (1, 1, 1), 2, "residual")
+    for block in (source.decoder.layers[4], source.decoder.layers[7]):  # the last ones at 1/4 and 1/2: zeroed, they are not there
+        torch.nn.init.zeros_(block.conv[-1].weight)
+        torch.nn.init.zeros_(block.conv[-1].bias)
+    short.decoder.layers[-1].load_state_dict(source.decoder.layers[-1].state_dict())
+    torch.testing.assert_close(short.decoder(z), source.decoder(z))
+    assert len(shorten.shorten(source, (1, 2)).config.widths) == 2
+    with pytest.raises(ValueError, match="two or three block counts"):
+        shorten.shorten(shorten.shorten(source, (1, 1)), (1, 1, 1))
+
+
+
 def test_tiles_of_its_blocks_are_exact(shorten: ModuleType) -> None:
     short, z = shorten.shorten(TAEDecoder(width=8, blocks=(1, 1, 1, 1)), (1, 1, 1)), torch.randn(1, 4, 21, 13)
     with torch.no_grad():
@@ -107,7 +124,7 @@ def test_the_command_writes_what_train_can_begin_with(shorten: ModuleType, tmp_p
     short = FastDecoder.from_pretrained(tmp_path / "short")
     assert isinstance(short, SubpixelDecoder) and short.config.block == "tae"
     first = importlib.import_module("card").origin(str(tmp_path / "short"))
-    assert first["licence"] == "mit" and first["title"] == "taesdxl, without its stage at full resolution"
+    assert first["licence"] == "mit" and first["title"] == "taesdxl, shortened"
     assert "Ollin Boer Bohan" in first["credit"]
     with pytest.raises(SystemExit):
         shorten.main()  # never writes over a folder

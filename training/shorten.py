@@ -1,9 +1,9 @@
-"""A Subpixel decoder that begins as the first stages of a TAE: what TAESDXL knows, without its full-resolution stage.
+"""A Subpixel decoder that begins as the first stages of a TAE, or of a larger Subpixel decoder: what TAESDXL knows, without its full-resolution stage.
 
     python training/shorten.py taesdxl training/runs/short --blocks 3 3 2 --config training/configs/laptop/subpixel-sdxl.yaml
 
 Stages at 1/8, 1/4 and 1/2 are copied, each upsampling folded into a sub-pixel convolution (grow.fold_upsampling); the head, which goes
-from 1/2 to the picture in one convolution, is fitted by least squares to the TAE's own pictures of the configuration's crops.
+from 1/2 to the picture in one convolution, is fitted by least squares to the source's own pictures of the configuration's crops.
 The folder that it writes is an `init:` of train.py. It keeps the source's licence: say so in its card.
 """
 
@@ -21,13 +21,12 @@ from latents import Shards
 from running import sentences
 from torch import nn
 
-from fast_latent_decoders import SubpixelDecoder, TAEDecoder
+from fast_latent_decoders import FastDecoder, SubpixelDecoder, TAEDecoder
 from fast_latent_decoders.evaluation.encoders import load_encoder
-from fast_latent_decoders.networks.blocks import SubpixelUp
-from fast_latent_decoders.networks.tae import TAEBlock
+from fast_latent_decoders.networks.blocks import Residual, SubpixelUp
 
 
-def shorten(source: TAEDecoder, blocks: Sequence[int], half: int | None = None) -> SubpixelDecoder:
+def shorten(source: TAEDecoder | SubpixelDecoder, blocks: Sequence[int], half: int | None = None) -> SubpixelDecoder:
     """The first `blocks` of the source's blocks at 1/8, 1/4 and 1/2; what follows them there is left out, and the head is new.
 
     Args:
@@ -35,48 +34,54 @@ def shorten(source: TAEDecoder, blocks: Sequence[int], half: int | None = None) 
         half: another width at 1/2, where most of the work is: that stage is new then too.
 
     Raises:
-        ValueError: more blocks than the source has, or bilinear upsampling, which no 3x3 sub-pixel convolution equals.
+        ValueError: more blocks or stages than the source has, or bilinear upsampling, which no 3x3 sub-pixel convolution equals.
     """
-    most = tuple(source.config.blocks[:3])
-    if len(blocks) not in (2, 3) or any(not 1 <= mine <= theirs for mine, theirs in zip(blocks, most, strict=False)):
+    config = source.config
+    most = tuple(config.blocks[:3])
+    if len(blocks) not in range(2, len(most) + 1) or any(not 1 <= mine <= theirs for mine, theirs in zip(blocks, most, strict=False)):
         raise ValueError(f"expected two or three block counts from 1 to those of the source, {most}, got {tuple(blocks)}")
     if half and len(blocks) == 2:
         raise ValueError(f"expected no width at 1/2 where there is no such stage, got {half} and block counts {tuple(blocks)}")
-    if source.config.upsampling != "nearest":
-        raise ValueError(f"expected a source that upsamples nearest, got {source.config.upsampling}")
-    shared = {name: source.config[name] for name in ("latent_space", "latent_channels", "scaling_factor", "shift_factor", "encoder")}
-    width = source.config.width
-    target = SubpixelDecoder([width, width, half or width][: len(blocks)], tuple(blocks), 3, "tae", **shared)
+    shared = {name: config[name] for name in ("latent_space", "latent_channels", "scaling_factor", "shift_factor", "encoder")}
+    if isinstance(source, SubpixelDecoder):
+        widths, convs, block, layers = list(config.widths), config.convs, config.block, list(source.decoder.layers)
+    else:
+        if config.upsampling != "nearest":
+            raise ValueError(f"expected a source that upsamples nearest, got {config.upsampling}")
+        widths, convs, block, layers = [config.width] * 3, 3, "tae", list(fold_upsampling(source.decoder).layers)
+    if half:
+        widths[2] = half
+    target = SubpixelDecoder(widths[: len(blocks)], tuple(blocks), convs, block, **shared)
     stages: list[list[nn.Module]] = [[]]
-    for layer in fold_upsampling(source.decoder).layers:
-        if isinstance(layer, nn.PixelShuffle):
-            stages.append([])
-        else:
+    for layer in layers:
+        if not isinstance(layer, nn.PixelShuffle):
             stages[-1].append(layer)
+        if isinstance(layer, (nn.PixelShuffle, SubpixelUp)):
+            stages.append([])
     kept: list[nn.Module] = []
     for stage, count in zip(stages, blocks, strict=False):
-        theirs = [layer for layer in stage if isinstance(layer, TAEBlock)]
+        theirs = [layer for layer in stage if isinstance(layer, Residual)]
         kept += [layer for layer in stage if layer not in theirs[count:]]
     # The last one leads on to what is left out: the head stands in its place.
     for mine, layer in zip(list(target.decoder.layers)[:-1], kept[:-1], strict=True):
         weights = layer.state_dict()
-        if isinstance(mine, SubpixelUp):
+        if isinstance(mine, SubpixelUp) and not isinstance(layer, SubpixelUp):
             weights = {"0.weight": weights["weight"], "0.bias": torch.zeros(len(weights["weight"]))}
         if all(weights[name].shape == tensor.shape for name, tensor in mine.state_dict().items()):
             mine.load_state_dict(weights)
     return target
 
 
-def card(source: str, stages: int) -> str:
+def card(source: str) -> str:
     """Whose the weights are, for the card of what is trained from them: the source's licence and credit."""
     found = origin(source)
     header = f"license: {found['licence']}" + (f"\nbase_model: {found['base_model']}" if "base_model" in found else "")
-    return f"---\n{header}\n---\n# {source}, without {['its stages at half and full', 'its stage at full'][stages - 2]} resolution\n\n{found.get('credit', '')}\n"
+    return f"---\n{header}\n---\n# {source}, shortened\n\n{found.get('credit', '')}\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", help="preset or folder of a TAEDecoder")
+    parser.add_argument("source", help="preset or folder of a TAEDecoder or SubpixelDecoder")
     parser.add_argument("out", type=Path)
     parser.add_argument("--blocks", type=int, nargs="+", default=(3, 3, 3), metavar="N", help="at 1/8, 1/4 and, if at all, 1/2 of the resolution")
     parser.add_argument("--half", type=int, metavar="WIDTH", help="another width at 1/2; that stage begins at random")
@@ -87,7 +92,9 @@ def main() -> None:
         parser.error(f"{arguments.out} exists: give another folder")
     c = read_config(arguments.config, [f"shard={arguments.crops}", "stages=[{crop: 128}]"])
     with sentences():
-        source = TAEDecoder.from_pretrained(arguments.source).float()
+        source = FastDecoder.from_pretrained(arguments.source).float()
+        if not isinstance(source, (TAEDecoder, SubpixelDecoder)):
+            raise SystemExit(f"expected a TAEDecoder or SubpixelDecoder, got {type(source).__name__} in {arguments.source}")
         target = shorten(source, arguments.blocks, arguments.half)
         encoder = load_encoder(c.encoder, c.stand_in, source)
         shard = Shards(c, {"pictures": Sources(c.data, "pictures", c.seed)}, encoder, Accelerator(cpu=True)).get(0, "pictures", 0)
@@ -98,7 +105,7 @@ def main() -> None:
     with torch.inference_mode():
         error = torch.cat([target.decoder(part) for part in z.split(8)]) - taught
     target.save_pretrained(arguments.out)
-    (arguments.out / "README.md").write_text(card(arguments.source, len(arguments.blocks)))
+    (arguments.out / "README.md").write_text(card(arguments.source))
     print(f"{arguments.out}: {10 * (4 / error.square().mean()).log10():.2f} dB to the source's pictures of {len(z)} crops")
 
 
