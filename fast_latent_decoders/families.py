@@ -78,7 +78,7 @@ class SubpixelTemporalDecoder(FastDecoder):
     def __init__(
         self,
         widths: Sequence[int] = (128, 64, 64),
-        blocks: Sequence[int] = (3, 3, 2),
+        blocks: Sequence[int] = (4, 3, 1),
         convs: int = 3,
         block: str = "tae",
         memory: Sequence[int] = (2, 2, 0),
