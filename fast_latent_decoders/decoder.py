@@ -1,20 +1,18 @@
 """FastDecoder: a decoder that diffusers pipelines accept as their VAE (socket A), or inside it (socket B)."""
 
 import os
-import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar, Literal, Self
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
-from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput, IdentityDistribution
-from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from . import presets
-from .encoder import encoder_part, load_tiny_encoder
-from .engines import OpenVINOEngine, engine_or
+from .encoder import Encoding
+from .engines import OpenVINOEngine, engine_or, keep_memory
 from .latent_space import LatentSpace, latent_space
 from .networks.blocks import BlockNetwork, State, frames_of
 from .socket import DecoderSocket, plug
@@ -23,7 +21,7 @@ from .tiling import SPATIAL_FACTOR, decode_tiled
 ENCODERS = ("embedded", "external", "none")
 
 
-class FastDecoder(ModelMixin, AutoencoderMixin, ConfigMixin):
+class FastDecoder(Encoding, ModelMixin, AutoencoderMixin, ConfigMixin):
     """The diffusers model that all families extend.
 
     Conventions:
@@ -75,8 +73,6 @@ class FastDecoder(ModelMixin, AutoencoderMixin, ConfigMixin):
         self.use_slicing = False
         self.use_tiling = False
         self.tile_size = 128
-        # Held in a tuple, outside the module tree: not saved, counted, cast or offloaded with the decoder (CONTRACT 5.3).
-        self._encoder: tuple[nn.Module] | None = None
         self._engine: OpenVINOEngine | None = None
 
     # ---------------------------------------------------------------- decode
@@ -178,9 +174,10 @@ class FastDecoder(ModelMixin, AutoencoderMixin, ConfigMixin):
         """Make decoding fast on the device that this decoder is on. Returns self; pictures stay the same within `dtype`'s rounding.
 
         Args:
-            backend: "torch": channels_last, and the number format that a self-test of a second finds fastest. "compile": torch.compile
-                besides, which a first decode of each size pays for; on a GPU with CUDA graphs. "openvino": OpenVINO, on a CPU, of the
-                weights as they are now; sockets made from now on have it too, another device or training goes back to torch.
+            backend: "torch": channels_last, and the number format that a self-test of a second finds fastest; on a Linux CPU the process
+                then keeps the memory that it frees (`engines.keep_memory`). "compile": torch.compile besides, which a first decode of
+                each size pays for; on a GPU with CUDA graphs. "openvino": OpenVINO, on a CPU, of the weights as they are now; sockets
+                made from now on have it too, another device or training goes back to torch.
             dtype: computes in this one instead.
 
         Raises:
@@ -197,6 +194,8 @@ class FastDecoder(ModelMixin, AutoencoderMixin, ConfigMixin):
         from .evaluation.check import fastest_dtype  # it measures decoders, so it stands above this module
 
         self._engine = None
+        if self.device.type == "cpu":
+            keep_memory()
         self.to(dtype or fastest_dtype(self, self.device.type)).to(memory_format=torch.channels_last)
         if backend == "compile":
             self.decoder.compile(mode="reduce-overhead" if self.device.type == "cuda" else None)
@@ -211,71 +210,6 @@ class FastDecoder(ModelMixin, AutoencoderMixin, ConfigMixin):
             raise ValueError(f"tile_size must be at least 1 latent, got {tile_size}")
         self.tile_size = tile_size
         super().enable_tiling()
-
-    # ---------------------------------------------------------------- encode
-
-    @apply_forward_hook
-    def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[Any]:
-        """Pictures (N, 3, H, W) in [-1, 1] to an object with `.latent_dist.sample(generator)` and `.mode()`, in VAE units.
-
-        By the tiny encoder of the same latent space, or by the VAE given to `with_encoder`, which keeps its own dtype.
-
-        Raises:
-            RuntimeError: this decoder has no encoder; the message says how to give it one.
-            ValueError: x is not (N, 3, H, W).
-        """
-        if x.ndim != 4 or x.shape[1] != 3:
-            raise ValueError(f"expected pictures (N, 3, H, W) in [-1, 1], got shape {tuple(x.shape)}")
-        if self.device.type != "meta":
-            x = x.to(self.device)
-        if self.config.encoder == "embedded":
-            distribution = self._encode_embedded(x)
-        elif self._encoder is not None:
-            distribution = self._encode_external(self._encoder[0], x)
-        else:
-            raise RuntimeError(
-                f"this {type(self).__name__} has encoder={self.config.encoder!r} and none was given: pass encoder=vae to "
-                "from_pretrained, or call .with_encoder(vae), before image-to-image, inpainting or image-to-video"
-            )
-        return AutoencoderKLOutput(latent_dist=distribution) if return_dict else (distribution,)
-
-    def _encode_embedded(self, x: Tensor) -> IdentityDistribution:
-        if self._encoder is None:
-            self._encoder = (load_tiny_encoder(self.latent_space),)
-            warnings.warn(
-                f"encoding with the tiny {self.latent_space.name!r} encoder, a stand-in for the VAE's own; "
-                "pass encoder=vae to from_pretrained for the real one",
-                stacklevel=3,
-            )
-        tiny = self._encoder[0].to(device=x.device, dtype=self.dtype)
-        space = self.latent_space
-        return IdentityDistribution(tiny(x.to(self.dtype)) / space.scaling_factor + space.shift_factor)
-
-    @staticmethod
-    def _encode_external(vae: Any, x: Tensor) -> Any:
-        # No hook moves the delegate (CONTRACT 5.3): it comes to the input for this call and goes back.
-        home = next(vae.parameters())
-        if home.device.type == "meta" or home.device == x.device:
-            return vae.encode(x.to(home.dtype)).latent_dist
-        device = home.device
-        try:
-            return vae.to(x.device).encode(x.to(home.dtype)).latent_dist
-        finally:
-            vae.to(device)
-
-    def with_encoder(self, vae: nn.Module) -> Self:
-        """Let `vae` (its encoder; the decoder is not held) do the encoding, in its own dtype. Returns self.
-
-        Raises:
-            TypeError: `vae` is not a VAE with an encoder.
-            ValueError: it has another latent space.
-        """
-        if not hasattr(vae, "encoder") or not hasattr(vae, "config"):
-            raise TypeError(f"expected a diffusers VAE with an encoder (AutoencoderKL, AutoencoderKLTemporalDecoder), got {type(vae).__name__}")
-        self._check_space(vae)
-        self._encoder = (encoder_part(vae),)
-        self.register_to_config(encoder="external")
-        return self
 
     # ---------------------------------------------------------------- socket B
 
@@ -294,7 +228,7 @@ class FastDecoder(ModelMixin, AutoencoderMixin, ConfigMixin):
                 f"expected a diffusers VAE whose decoder can be replaced (AutoencoderKL, AutoencoderKLTemporalDecoder), "
                 f"got {type(vae).__name__}; to replace the whole VAE, assign pipe.vae"
             )
-        self._check_space(vae)
+        presets.check_space(vae, self.latent_space)
         if next(self.decoder.parameters()).device.type == "meta":
             raise ValueError("this decoder's weights are offloaded; load it again with from_pretrained and use that one")
         # A network of its own over the same tensors: `.to` on the VAE then leaves this decoder as it is.
@@ -303,28 +237,6 @@ class FastDecoder(ModelMixin, AutoencoderMixin, ConfigMixin):
         network.load_state_dict(self.decoder.state_dict(), assign=True)
         network.train(self.decoder.training)
         return plug(DecoderSocket(network, self.latent_space, vae, type(self).__name__, self._engine), vae)
-
-    def _check_space(self, vae: Any) -> None:
-        config, mine = vae.config, self.latent_space
-        theirs = LatentSpace(
-            name="?",
-            channels=getattr(config, "latent_channels", mine.channels),
-            scaling_factor=getattr(config, "scaling_factor", None) or 1.0,
-            shift_factor=getattr(config, "shift_factor", None) or 0.0,
-            spatial_factor=2 ** (len(config.block_out_channels) - 1),
-        )
-        facts = {
-            key: (getattr(mine, key), getattr(theirs, key)) for key in ("channels", "scaling_factor", "shift_factor", "spatial_factor")
-        }
-        wrong = {key: pair for key, pair in facts.items() if abs(pair[0] - pair[1]) > 1e-6}
-        has_mean = getattr(config, "latents_mean", None) is not None  # a pipeline would shift and scale by it, per channel
-        if has_mean or wrong:
-            told = "; ".join(f"{key} {theirs} where this decoder has {mine}" for key, (mine, theirs) in wrong.items())
-            fitting = [] if has_mean else presets.names_for(theirs)
-            raise ValueError(
-                f"this {type(vae).__name__} has another latent space than {mine.name!r}: {told or 'its own latents_mean'}. "
-                + (f"Presets that fit it: {', '.join(fitting)}" if fitting else "No preset fits it")
-            )
 
     # ---------------------------------------------------------------- loading
 

@@ -1,12 +1,15 @@
-"""Encoders: the tiny one of a latent space, the encoding part of a VAE, and a VAE's encode in float32."""
+"""Encoders: the tiny one of a latent space, the encoding part of a VAE, a VAE's encode in float32; and what gives a decoder an `encode`."""
 
 import copy
 import json
+import warnings
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
-from diffusers.models.autoencoders.vae import EncoderTiny
+from diffusers.models.autoencoders.vae import EncoderTiny, IdentityDistribution
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -63,3 +66,78 @@ def encode_in_float32(vae: Any, x: Tensor, return_dict: bool = True) -> Any:
     finally:
         for part in parts:
             part.to(dtype)
+
+
+class Encoding:
+    """What gives a decoder an `encode`, so that pipelines take it for a whole VAE."""
+
+    config: Any
+    device: torch.device
+    dtype: torch.dtype
+    latent_space: LatentSpace
+    register_to_config: Callable[..., None]
+    # Held in a tuple, outside the module tree: not saved, counted, cast or offloaded with the decoder (CONTRACT 5.3).
+    _encoder: tuple[nn.Module] | None = None
+
+    @apply_forward_hook
+    def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[Any]:
+        """Pictures (N, 3, H, W) in [-1, 1] to an object with `.latent_dist.sample(generator)` and `.mode()`, in VAE units.
+
+        By the tiny encoder of the same latent space, or by the VAE given to `with_encoder`, which keeps its own dtype.
+
+        Raises:
+            RuntimeError: this decoder has no encoder; the message says how to give it one.
+            ValueError: x is not (N, 3, H, W).
+        """
+        if x.ndim != 4 or x.shape[1] != 3:
+            raise ValueError(f"expected pictures (N, 3, H, W) in [-1, 1], got shape {tuple(x.shape)}")
+        if self.device.type != "meta":
+            x = x.to(self.device)
+        if self.config.encoder == "embedded":
+            distribution = self._encode_embedded(x)
+        elif self._encoder is not None:
+            distribution = self._encode_external(self._encoder[0], x)
+        else:
+            raise RuntimeError(
+                f"this {type(self).__name__} has encoder={self.config.encoder!r} and none was given: pass encoder=vae to "
+                "from_pretrained, or call .with_encoder(vae), before image-to-image, inpainting or image-to-video"
+            )
+        return AutoencoderKLOutput(latent_dist=distribution) if return_dict else (distribution,)
+
+    def _encode_embedded(self, x: Tensor) -> IdentityDistribution:
+        if self._encoder is None:
+            self._encoder = (load_tiny_encoder(self.latent_space),)
+            warnings.warn(
+                f"encoding with the tiny {self.latent_space.name!r} encoder, a stand-in for the VAE's own; "
+                "pass encoder=vae to from_pretrained for the real one",
+                stacklevel=3,
+            )
+        tiny = self._encoder[0].to(device=x.device, dtype=self.dtype)
+        space = self.latent_space
+        return IdentityDistribution(tiny(x.to(self.dtype)) / space.scaling_factor + space.shift_factor)
+
+    @staticmethod
+    def _encode_external(vae: Any, x: Tensor) -> Any:
+        # No hook moves the delegate (CONTRACT 5.3): it comes to the input for this call and goes back.
+        home = next(vae.parameters())
+        if home.device.type == "meta" or home.device == x.device:
+            return vae.encode(x.to(home.dtype)).latent_dist
+        device = home.device
+        try:
+            return vae.to(x.device).encode(x.to(home.dtype)).latent_dist
+        finally:
+            vae.to(device)
+
+    def with_encoder(self, vae: nn.Module) -> Self:
+        """Let `vae` (its encoder; the decoder is not held) do the encoding, in its own dtype. Returns self.
+
+        Raises:
+            TypeError: `vae` is not a VAE with an encoder.
+            ValueError: it has another latent space.
+        """
+        if not hasattr(vae, "encoder") or not hasattr(vae, "config"):
+            raise TypeError(f"expected a diffusers VAE with an encoder (AutoencoderKL, AutoencoderKLTemporalDecoder), got {type(vae).__name__}")
+        presets.check_space(vae, self.latent_space)
+        self._encoder = (encoder_part(vae),)
+        self.register_to_config(encoder="external")
+        return self

@@ -1,14 +1,28 @@
-"""Other engines than torch for a decoder's network (issue 12). An engine holds the weights as they were when it was made."""
+"""Other engines than torch for a decoder's network, and what torch lacks on a CPU (issue 12). An engine holds the weights as they were when it was made."""
 
 import copy
+import ctypes
 import functools
 import warnings
+from contextlib import suppress
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from .networks.blocks import BlockNetwork
+
+
+def keep_memory() -> None:
+    """Let glibc keep the memory of large tensors for the next ones, in this process from now on.
+
+    By default it gives each back to the system, which then clears and maps it anew page by page: a third to a half of a CPU's time at
+    1024 px (training/RESULTS.md). The process holds on to what its largest call needed. Nothing happens with another C library.
+    """
+    with suppress(OSError, AttributeError, TypeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        for option, value in ((-4, 0), (-1, -1), (-2, 2**28)):  # M_MMAP_MAX: none; M_TRIM_THRESHOLD: never; M_TOP_PAD: grow by 256 MiB
+            mallopt(option, value)
 
 
 @functools.cache

@@ -66,6 +66,27 @@ def names_for(space: LatentSpace) -> list[str]:
     return [name for name, preset in PRESETS.items() if replace(KNOWN[preset.latent_space], name=space.name) == space]
 
 
+def check_space(vae: Any, mine: LatentSpace) -> None:
+    """Raises ValueError where `vae` has another latent space than `mine`; the message names the presets that fit it."""
+    config = vae.config
+    theirs = LatentSpace(
+        name="?",
+        channels=getattr(config, "latent_channels", mine.channels),
+        scaling_factor=getattr(config, "scaling_factor", None) or 1.0,
+        shift_factor=getattr(config, "shift_factor", None) or 0.0,
+        spatial_factor=2 ** (len(config.block_out_channels) - 1),
+    )
+    facts = {key: (getattr(mine, key), getattr(theirs, key)) for key in ("channels", "scaling_factor", "shift_factor", "spatial_factor")}
+    wrong = [f"{key} {there} where this decoder has {here}" for key, (here, there) in facts.items() if abs(here - there) > 1e-6]
+    has_mean = getattr(config, "latents_mean", None) is not None  # a pipeline would shift and scale by it, per channel
+    if has_mean or wrong:
+        fitting = [] if has_mean else names_for(theirs)
+        raise ValueError(
+            f"this {type(vae).__name__} has another latent space than {mine.name!r}: {'; '.join(wrong) or 'its own latents_mean'}. "
+            + (f"Presets that fit it: {', '.join(fitting)}" if fitting else "No preset fits it")
+        )
+
+
 def folder(name: str) -> Path:
     """The folder of a preset or tiny encoder: in the installed package, or in the checkout it runs from.
 

@@ -86,6 +86,25 @@ def test_what_openvino_cannot_is_a_sentence() -> None:
         tiny.decoder().to("meta").optimize("openvino")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
+def test_memory_that_is_freed_is_kept() -> None:
+    """After `optimize` no call faults in again what the one before it had: in a process of its own, since it stays so."""
+    code = """
+import resource, sys, torch
+from fast_latent_decoders import SubpixelDecoder
+fast = SubpixelDecoder((8, 8, 8), (1, 1, 1), 1).eval().requires_grad_(False)
+if sys.argv[1] == "kept":
+    fast.optimize(dtype=torch.float32)
+z = torch.randn(1, 4, 96, 96)
+for _ in range(3):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    fast.decode(z)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    given, kept = (int(subprocess.run([sys.executable, "-c", code, how], capture_output=True, text=True, check=True).stdout) for how in ("given", "kept"))
+    assert kept < given / 10
+
+
 def test_optimize_finds_a_dtype() -> None:
     fast = tiny.decoder().optimize()
     assert fast.dtype in (torch.float32, torch.bfloat16)

@@ -36,6 +36,7 @@ from tqdm import tqdm
 from validate import Decode, draw, measure
 
 from fast_latent_decoders import FastDecoder
+from fast_latent_decoders.engines import keep_memory
 from fast_latent_decoders.evaluation.encoders import load_encoder
 
 # ---------------------------------------------------------------- schedule
@@ -92,6 +93,7 @@ def main() -> None:
     c = read_config(arguments.config, arguments.changes)
     out = Path(c.out)
     torch.manual_seed(c.seed)
+    keep_memory()
 
     # The decoder and where it begins.
     model = build_decoder(c)

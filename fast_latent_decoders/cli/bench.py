@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from .loading import DeviceName, find_device, load_decoder
+from .loading import DeviceName, find_device
 from .run import wrong_usage
 
 if TYPE_CHECKING:
@@ -128,12 +128,14 @@ def bench(
 
 def default_dtypes(names: list[str], device: str) -> tuple[str, ...]:
     """float32, and the format that the first decoder with weights of its own is faster in."""
+    from .. import FastDecoder
     from ..evaluation.check import fastest_dtype
-    from ..presets import presets
+    from ..presets import DEFAULT, presets
 
     known = [name for name in names if name in presets() and presets()[name].location]
+    decoder = FastDecoder.from_pretrained(known[0] if known else DEFAULT)  # as it is: `load_decoder` changes how this process uses memory
     try:
-        chosen = str(fastest_dtype(load_decoder(known[0] if known else "subpixel-sdxl"), device)).removeprefix("torch.")
+        chosen = str(fastest_dtype(decoder, device)).removeprefix("torch.")
     except ValueError:  # the rows will show it
         chosen = "float32"
     return tuple(dict.fromkeys(("float32", chosen)))

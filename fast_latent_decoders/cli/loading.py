@@ -71,7 +71,7 @@ def load_decoder(name: str, device: str = "cpu", dtype: DtypeName = "float32", b
             typer.echo(f"note: {error}; decoding on the CPU", err=True)
             place = "cpu"
             chosen = fastest_dtype(decoder, place)
-    return decoder.to(place, chosen).to(memory_format=torch.channels_last)
+    return decoder.to(place).optimize(dtype=chosen)
 
 
 def vae_units(run: Run, path: object, latents: "Latents", decoder: "FastDecoder", scaled: bool) -> "torch.Tensor":
