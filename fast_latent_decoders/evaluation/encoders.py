@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from ..decoder import FastDecoder
 from ..encoder import load_tiny_encoder
+from ..presets import check_space
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,7 @@ def load_encoder(encoder: Encoder, stand_in: StandIn, model: FastDecoder) -> Fro
         if type(vae).__name__ == "AutoencoderTiny":
             found = TinyEncoder(vae.encoder, path, vae.config.latent_channels)
         else:
-            model._check_space(vae)
+            check_space(vae, model.latent_space)
             found = VAEEncoder(vae, path, encoder.posterior)
             if on := [key for key in ("redraw", "colour_table", "colours") if getattr(stand_in, key)]:
                 raise ValueError(f"{path} is a real VAE, and stand_in.{' and stand_in.'.join(on)} are for an encoder that stands in for one")
