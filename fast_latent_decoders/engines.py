@@ -16,8 +16,8 @@ from .networks.blocks import BlockNetwork
 def keep_memory() -> None:
     """Let glibc keep the memory of large tensors for the next ones, in this process from now on.
 
-    By default it gives each back to the system, which then clears and maps it anew page by page: a third to a half of a CPU's time at
-    1024 px (training/RESULTS.md). The process holds on to what its largest call needed. Nothing happens with another C library.
+    By default it gives each back to the system, which then clears and maps it anew page by page: up to half of the time of a
+    1024 px picture on a CPU (training/RESULTS.md). The process holds on to what its largest call needed. Nothing happens with another C library.
     """
     with suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt

@@ -87,7 +87,7 @@ class TestEveryFamily:
         assert (sample.float() - expected).square().mean().sqrt() < 0.1
 
     def test_slicing_decodes_one_clip_at_a_time_to_the_same_picture(self, family: str) -> None:
-        fast, z = tiny.decoder(family), tiny.latents(n=4)
+        fast, z = tiny.decoder(family).double(), tiny.latents(n=4)  # a processor may round a batch otherwise than its parts
         batches: list[int] = []
         for num_frames, expected_batches in ((None, [1] * 4), (2, [2, 2])):
             fast.disable_slicing()
@@ -98,7 +98,7 @@ class TestEveryFamily:
             sample = fast.decode(z, num_frames=num_frames).sample
             handle.remove()
             assert batches == expected_batches
-            torch.testing.assert_close(sample, expected, rtol=0, atol=1e-5)
+            torch.testing.assert_close(sample, expected, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("family", [family for family in tiny.FAMILIES if family != "temporal"])
