@@ -1,8 +1,9 @@
-"""What every test shares: no network, one thread (tiny tensors only wait for a second one), quiet libraries."""
+"""What every test shares: no network, one thread (tiny tensors only wait for a second one, and pytest -n 2 has it), quiet libraries."""
 
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of what a test starts
 
 import diffusers
 import pytest

@@ -58,6 +58,6 @@ def test_commands_run(line: str, tmp_path: Path) -> None:
 def test_the_two_commands_are_those_of_ci() -> None:
     first, second = (block.strip() for block in blocks("sh")[:2])
     assert first.startswith("python3 -m venv .venv && .venv/bin/pip install -c constraints.txt . && ")
-    assert second == ".venv/bin/pip install -c constraints.txt -e '.[all,dev]' && .venv/bin/pytest"
+    assert second == ".venv/bin/pip install -c constraints.txt -e '.[all,dev]' && .venv/bin/pytest -n 2"
     ci = (ROOT / ".ci/run").read_text()
-    assert all(part in ci for part in ("pip install --quiet -c constraints.txt -e '.[all,dev]'", ".venv/bin/pytest"))
+    assert all(part in ci for part in ("pip install --quiet -c constraints.txt -e '.[all,dev]'", ".venv/bin/pytest -n 2"))

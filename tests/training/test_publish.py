@@ -1,13 +1,10 @@
 """The end of a run: its export and card, promotion to a preset, and the report of curves."""
 
-import importlib
 import json
 import math
 import sys
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -19,21 +16,10 @@ from safetensors.torch import load_file, save_file
 from fast_latent_decoders import EfficientViTDecoder, FastDecoder, SubpixelDecoder, TAEDecoder, TAETemporalDecoder
 from fast_latent_decoders.presets import folder
 
-ROOT = Path(__file__).parent.parent
+from .tiny import module
+
 SHAPE = {"widths": (16, 8, 8), "blocks": (1, 1, 1), "convs": 1}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-
-
-@pytest.fixture(autouse=True)
-def _training_on_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.syspath_prepend(str(ROOT / "training"))
-    yield
-    for name in ("card", "config", "export", "losses", "publish", "report"):
-        sys.modules.pop(name, None)
-
-
-def module(name: str) -> ModuleType:
-    return importlib.import_module(name)
 
 
 def make_config(out: Path, **more: Any) -> Any:

@@ -2,7 +2,6 @@
 
 import importlib
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -14,17 +13,12 @@ from torch import nn
 
 from fast_latent_decoders import FastDecoder, SubpixelDecoder, TAEDecoder
 
-ROOT = Path(__file__).parent.parent
+from .tiny import module
 
 
 @pytest.fixture
-def shorten(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    monkeypatch.syspath_prepend(str(ROOT / "training"))
-    before = set(sys.modules)
-    yield importlib.import_module("shorten")
-    for name in set(sys.modules) - before:
-        if str(ROOT / "training") in str(getattr(sys.modules[name], "__file__", "")):
-            del sys.modules[name]
+def shorten() -> ModuleType:
+    return module("shorten")
 
 
 def test_what_the_head_sees_is_the_sources(shorten: ModuleType) -> None:

@@ -1,6 +1,5 @@
 """The trainer's data layer: what is read, what is skipped, what is cropped, and that nothing depends on who does it."""
 
-import importlib
 import io
 import json
 import logging
@@ -10,7 +9,6 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -21,22 +19,10 @@ from torch.utils.data import DataLoader
 
 from fast_latent_decoders.evaluation import reading
 
-ROOT = Path(__file__).parent.parent
-SHARED = ROOT.parent / "shared"
+from .tiny import SHARED, module
+
 YUNET = SHARED / "weights/face_detection_yunet_2026may.onnx"
 needs_shared = pytest.mark.skipif(not YUNET.exists(), reason="needs the face detector, which does not come with the repository")
-
-
-@pytest.fixture(autouse=True)
-def _training_on_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.syspath_prepend(str(ROOT / "training"))
-    yield
-    for name in ("augment", "config", "data", "faces", "losses", "reading", "samples", "stream"):
-        sys.modules.pop(name, None)
-
-
-def module(name: str) -> ModuleType:
-    return importlib.import_module(name)
 
 
 def source(path: object, **keys: Any) -> Any:

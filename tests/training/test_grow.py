@@ -1,9 +1,5 @@
 """Growing: larger decoders that start as exactly the smaller one, folded forms, and the fit of a last layer."""
 
-import importlib
-import sys
-from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -23,7 +19,8 @@ from fast_latent_decoders import (
 from fast_latent_decoders.networks.blocks import BlockNetwork
 from fast_latent_decoders.tiling import decode_tiled
 
-ROOT = Path(__file__).parent.parent
+from .tiny import module
+
 FAMILIES: dict[str, tuple[type[FastDecoder], dict[str, Any]]] = {
     "tae": (TAEDecoder, {"width": 8, "blocks": (1, 1, 1, 1)}),
     "subpixel": (SubpixelDecoder, {"widths": (12, 8, 6), "blocks": (1, 1, 1), "convs": 3}),
@@ -35,10 +32,8 @@ FAMILIES: dict[str, tuple[type[FastDecoder], dict[str, Any]]] = {
 
 
 @pytest.fixture
-def grow(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    monkeypatch.syspath_prepend(str(ROOT / "training"))
-    yield importlib.import_module("grow")
-    sys.modules.pop("grow", None)
+def grow() -> ModuleType:
+    return module("grow")
 
 
 def made(family: str, **changes: Any) -> FastDecoder:
@@ -105,9 +100,9 @@ def test_the_same_shape_is_a_copy(grow: ModuleType, family: str) -> None:
 
 def test_published_efficientvit_is_copied_with_its_statistics(grow: ModuleType) -> None:
     source, target = EfficientViTDecoder(published=True), EfficientViTDecoder(published=True)
-    for module in source.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.normal_(module.running_mean)
+    for layer in source.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            nn.init.normal_(layer.running_mean)
     grow.grow(source, target)
     assert error(source.decoder.eval(), target.decoder.eval(), latents(3, 4)) == 0
 
