@@ -18,6 +18,8 @@ from fast_latent_decoders.evaluation.cases import Case, task_of
 from fast_latent_decoders.evaluation.subjects import Subject
 from fast_latent_decoders.evaluation.tables import how, markdown, tables
 
+from .pipelines import tiny
+
 
 @pytest.fixture
 def idle(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,6 +156,16 @@ def test_tiles_and_clips_are_decoded(decoder: str) -> None:
     assert torch.allclose(whole, tiled, atol=1e-5)  # type: ignore[arg-type]
     clips: Any = task_of(Case(decoder, 64, batch=2, frames=3), subject, "cpu")()
     assert clips.shape == (6, 3, 64, 64)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_video_vae_is_timed_in_either_layout(in_place: bool) -> None:
+    """Its 3D convolutions know no channels_last."""
+    whole = [
+        task_of(Case("svd", 64, frames=3, layout=layout), Subject("svd", tiny.temporal_kl(), "", None, True), "cpu", in_place=in_place)()
+        for layout in ("contiguous_format", "channels_last")
+    ]
+    assert torch.allclose(*whole, atol=1e-4)  # type: ignore[arg-type]
 
 
 def test_work_is_counted(decoder: str) -> None:

@@ -24,6 +24,8 @@ from fast_latent_decoders.evaluation.reading import read_picture
 from fast_latent_decoders.evaluation.run import prepare, slug, to_bytes
 from fast_latent_decoders.files import write_latents
 
+from .pipelines import tiny
+
 CHEAP = ["--metric", "psnr", "--metric", "tint_r", "--features", "alexnet-st"]
 
 
@@ -306,6 +308,15 @@ def test_latents_without_a_truth_are_compared_with_a_decoder(tmp_path: Path, dec
     assert results["figures"]["0"][decoder]["psnr"]["mean"] == pytest.approx(np.mean(wanted), abs=1e-4)
     assert "agreement_psnr" in results["figures"]["0"][decoder]
     assert "none of quality" in (out / "report.md").read_text()
+
+
+def test_a_video_vae_is_a_candidate(tmp_path: Path) -> None:
+    vae = tiny.temporal_kl()
+    vae.save_pretrained(tmp_path / "vae")
+    z = torch.randn(3, 4, 8, 8)
+    with torch.no_grad():
+        wanted = vae.decode(z / vae.config.scaling_factor, num_frames=3).sample
+    assert torch.allclose(load_candidate(str(tmp_path / "vae"), "cpu").decode(z, 3), wanted, atol=1e-4)
 
 
 def test_a_value_that_is_missing_is_a_gap() -> None:

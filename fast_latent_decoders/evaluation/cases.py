@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .decoders import lay_out
 from .subjects import Subject
 from .timing import Clock, Task
 
@@ -41,7 +42,7 @@ def task_of(case: Case, subject: Subject, device: str, *, in_place: bool = False
     if case.mode == "tiled" and case.tile * 8 >= case.size:
         raise RuntimeError(f"one tile of {case.tile} latents covers a picture of {case.size} px")
     if in_place:
-        model = subject.model.to(device, dtype).to(memory_format=getattr(torch, case.layout))
+        model: Any = lay_out(subject.model.to(device, dtype), getattr(torch, case.layout))
     else:
         model = subject.ready(device, dtype, case.layout)
     z = latents(subject, case).to(device, dtype).contiguous(memory_format=getattr(torch, case.layout))

@@ -27,6 +27,14 @@ class Candidate:
     hash: str  # of the weights
 
 
+def lay_out(model: nn.Module, layout: torch.memory_format) -> nn.Module:
+    """The weights of `model` in this memory layout, in place; those of a video VAE's 3D convolutions have five axes and stay as they are."""
+    for parameter in model.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=layout)
+    return model
+
+
 def load_candidate(name: str, device: str, dtype: torch.dtype = torch.float32) -> Candidate:
     """A preset, a folder or a Hub id of a FastDecoder, AutoencoderTiny, AutoencoderKL or AutoencoderKLTemporalDecoder.
 
@@ -44,7 +52,7 @@ def load_candidate(name: str, device: str, dtype: torch.dtype = torch.float32) -
         scale, shift = model.config.scaling_factor, getattr(model.config, "shift_factor", None) or 0.0
     network = model.decoder
     nn.Module.to(model, torch.device(device), dtype).eval().requires_grad_(False)  # ModelMixin's logs a warning (CONTRACT 7.11)
-    network.to(memory_format=torch.channels_last)
+    lay_out(network, torch.channels_last)
     temporal = isinstance(model, FastDecoder) or type(model).__name__ == "AutoencoderKLTemporalDecoder"
 
     @torch.inference_mode()

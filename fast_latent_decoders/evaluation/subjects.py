@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..decoder import FastDecoder
 from ..presets import locate, presets
+from .decoders import lay_out
 
 VAE = "the VAE's own, random weights"
 
@@ -62,7 +63,7 @@ class Subject:
 
     def ready(self, device: str, dtype: torch.dtype, layout: str) -> Any:
         """A copy on `device`; this subject stays as it is."""
-        return copy.deepcopy(self.model).to(device, dtype).to(memory_format=getattr(torch, layout))
+        return lay_out(copy.deepcopy(self.model).to(device, dtype), getattr(torch, layout))
 
     def decode(self, model: Any, z: Tensor, frames: int | None) -> Tensor:
         """(N, C, h, w) to (N, 3, 8h, 8w) by `model`, a copy of this subject's."""
