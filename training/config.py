@@ -55,7 +55,7 @@ class Teacher:
     path: str | None = None  # preset, folder or Hub id of a FastDecoder, AutoencoderTiny or AutoencoderKL
     output: float = 0.0  # weight of the L1 distance to its pictures
     features: float = 0.0  # weight of the distance to its attention maps at 1/8, 1/4 and 1/2
-    latents: list[Literal["real", "noisy", "mixed", "recoloured"]] = field(default_factory=lambda: ["real"])  # one kind a step, in turn
+    latents: list[Literal["real", "noisy", "mixed", "recoloured", "widened"]] = field(default_factory=lambda: ["real"])  # one kind a step, in turn
     structure: bool = False  # leave the means over 8x8 px out of the output term: a teacher's colours may be wrong
     share: float = 0.25  # of a batch
 

@@ -81,7 +81,7 @@ class Lesson:
         self.maps = (Maps(network), Maps(self.network)) if c.features else None
 
     def latents(self, z: Tensor, frames: int, step: int, seed: int) -> Tensor:
-        """A share of the batch's clips, noisy, mixed with each other or recoloured: (n, C, h, w); none where they stay as they are."""
+        """A share of the batch's clips, noisy, mixed, recoloured or widened: (n, C, h, w); none where they stay as they are."""
         kind = self.c.latents[step % len(self.c.latents)]
         if kind == "real":
             return z[:0]
@@ -100,6 +100,9 @@ class Lesson:
             channels = (len(chosen), 1, z.shape[1], 1, 1)
             scale, shift = 1 + 0.2 * torch.randn(channels, generator=generator), 0.5 * torch.randn(channels, generator=generator)
             chosen = chosen * scale.to(z) + shift.to(z)
+        elif kind == "widened":  # TAESD's encoder gives flatter latents than SD's own, RESULTS.md
+            mean = chosen.mean((1, 3, 4), keepdim=True)
+            chosen = torch.lerp(mean, chosen, 1 + 0.3 * torch.rand(each, generator=generator).to(z))
         return chosen.flatten(0, 1).contiguous(memory_format=torch.channels_last)
 
     def count(self, clips: int) -> int:

@@ -128,9 +128,9 @@ def lesson(student: FastDecoder, **settings: Any) -> Any:
 
 def test_a_student_that_is_its_teacher_has_nothing_to_learn() -> None:
     student = FastDecoder.from_pretrained("taesdxl").float()
-    found = lesson(student, features=1, latents=["real", "noisy", "mixed", "recoloured"])
+    found = lesson(student, features=1, latents=["real", "noisy", "mixed", "recoloured", "widened"])
     z = torch.randn(4, 4, 8, 8)
-    for step in range(4):
+    for step in range(5):
         taught = found.latents(z, 1, step, seed=step)
         assert taught.shape == (1 if step else 0, 4, 8, 8), "real ones are decoded with the batch already"
         assert not any(torch.equal(row, other) for row in taught for other in z)
@@ -140,6 +140,19 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn() -> None:
         assert max(term.item() for term in terms.values()) < 1e-6
     clips = found.latents(torch.randn(6, 4, 8, 8), 3, 1, seed=0)
     assert clips.shape == (3, 4, 8, 8), "whole clips"
+
+
+def test_widened_latents_keep_their_mean_and_spread_further() -> None:
+    found = lesson(FastDecoder.from_pretrained("taesdxl").float(), share=1, latents=["widened"])
+    z = torch.randn(1, 4, 8, 8) * torch.tensor([0.5, 1, 2, 1]).view(1, 4, 1, 1) + 1
+    gains = []
+    for seed in range(20):
+        wide = found.latents(z, 1, 0, seed)
+        assert torch.allclose(wide.mean((2, 3)), z.mean((2, 3)), atol=1e-5)
+        gain = wide.std((2, 3)) / z.std((2, 3))
+        assert torch.allclose(gain, gain[:, :1].expand_as(gain), atol=1e-4), "all channels alike"
+        gains.append(gain[0, 0].item())
+    assert 1 <= min(gains) < 1.1 and 1.2 < max(gains) <= 1.3
 
 
 def test_a_teacher_of_structure_is_not_followed_in_colour() -> None:
