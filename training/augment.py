@@ -36,6 +36,7 @@ def augment(frames: Tensor, boxes: np.ndarray | None, stage: Stage, rng: np.rand
     top, left = int(rng.integers(height - window + 1)), int(rng.integers(width - window + 1))
     flip = rng.random() < stage.flip
     colours = colour_matrix(rng) if rng.random() < stage.colour else None
+    grey = rng.random() < stage.grey
     quality = int(rng.integers(60, 96)) if rng.random() < stage.jpeg else None
 
     pictures = []
@@ -47,6 +48,8 @@ def augment(frames: Tensor, boxes: np.ndarray | None, stage: Stage, rng: np.rand
             picture = ImageOps.mirror(picture)
         if colours is not None:
             picture = picture.convert("RGB", colours)
+        if grey:
+            picture = picture.convert("L").convert("RGB")
         if quality is not None:
             picture = compressed(picture, quality)
         pictures.append(torch.from_numpy(np.array(picture)))

@@ -28,6 +28,7 @@ class Stage:
     reduce: float = 3.0  # pictures are reduced by up to this; half of the crops are not
     flip: float = 0.5  # share of crops that are mirrored
     colour: float = 0.05  # share of crops that pass through a random colour matrix
+    grey: float = 0.0  # share of crops that lose their colours
     jpeg: float = 0.0  # share of crops that are compressed and read back
     clips: float = 0.0  # share of steps that train on clips
     clip_batch: int = 1  # clips a step and process

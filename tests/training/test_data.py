@@ -361,12 +361,14 @@ def test_boxes_follow_the_crop(tmp_path: Path) -> None:
 def test_each_change_can_be_switched_off_and_on() -> None:
     augment = module("augment").augment
     frames = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (1, 3, 32, 32), dtype=np.uint8))
-    off = {"flip": 0.0, "colour": 0.0, "jpeg": 0.0}
+    off = {"flip": 0.0, "colour": 0.0, "grey": 0.0, "jpeg": 0.0}
     for _ in range(4):
         assert torch.equal(augment(frames, None, stage(**off), np.random.default_rng(0))[0], frames)
     assert torch.equal(augment(frames, None, stage(**{**off, "flip": 1.0}), np.random.default_rng(0))[0], frames.flip(3))
-    for change in ("colour", "jpeg"):
+    for change in ("colour", "grey", "jpeg"):
         assert not torch.equal(augment(frames, None, stage(**{**off, change: 1.0}), np.random.default_rng(0))[0], frames)
+    grey = augment(frames, None, stage(**{**off, "grey": 1.0}), np.random.default_rng(0))[0][0]
+    assert (grey == grey[:1]).all() and grey.float().std() > 20, "no colour, but a picture"
     with pytest.raises(ValueError, match="short side of at least 64 px to crop from, got 32x32"):
         augment(frames, None, stage(crop=64), np.random.default_rng(0))
 
