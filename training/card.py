@@ -45,16 +45,21 @@ def header_of(card: str) -> dict[str, Any]:
     return yaml.safe_load(found[1]) if found else {}
 
 
+def place_of(init: str) -> Path:
+    """The folder of the initial weights; one that does not exist for a Hub id, or if they moved since the run began: that must not cost its export."""
+    try:
+        return Path(locate(init))
+    except OSError:
+        return Path(init)
+
+
 def origin(init: str) -> dict[str, str]:
     """Whose the initial weights are, by their own card: `licence` (of the Hub's list), `credit`, and `base_model` if they have a Hub id.
 
     `licence` is "unknown" where no card tells; `title` is the card's.
     """
-    try:
-        location = locate(init)
-    except OSError:  # moved since the run began: that must not cost the run its export
-        location = init
-    path = Path(location) / "README.md"
+    place = place_of(init)
+    path = place / "README.md"
     text = path.read_text() if path.exists() else ""
     header = header_of(text)
     found = {"licence": str(header.get("license", "unknown"))}
@@ -64,8 +69,8 @@ def origin(init: str) -> dict[str, str]:
         found["title"] = title[1].strip("`")
     if HUB_ORG and init in PRESETS:
         found["base_model"] = f"{HUB_ORG}/{init}"
-    elif not Path(location).exists() and re.fullmatch(r"\w[\w.-]*/[\w.-]+", location):
-        found["base_model"] = location
+    elif not place.exists() and re.fullmatch(r"\w[\w.-]*/[\w.-]+", init):
+        found["base_model"] = init
     elif isinstance(base := header.get("base_model"), str):
         found["base_model"] = base
     return found
@@ -215,12 +220,21 @@ def make_card(c: "Config", model: FastDecoder, summary: dict[str, Any], machine:
         "\n" + "\n".join(tell_losses(c)) + "\n",
         f"{summary.get('steps', 0):,} steps in {summary.get('hours', 0):g} hours on {machine}, precision {start.get('precision', 'not logged')},",
         f"{per_step}, learning rate {c.lr:g}{' (Muon)' if c.optimizer == 'muon' else ''}, average of the weights {c.ema:g}.",
+        *tell_before(summary.get("before")),
         f"`run.json` holds every setting{f', of each of the {starts} starts of the run' if starts > 1 else ''}.\n",
         "| from step | crops | a batch | changes before encoding | clips |\n|---|---|---|---|---|",
         *(tell_stage(stage, c.steps) for stage in c.stages),
         "\n## Licence\n\n" + tell_licence(c.init, first, licence),
     ]
     return "\n".join(lines) + "\n"
+
+
+def tell_before(run: dict[str, Any] | None) -> list[str]:
+    """How long the initial weights had been trained, run before run."""
+    if run is None:
+        return []
+    told = f"Before it the initial weights had {run.get('steps', 0):,} steps in {run.get('hours', 0):g} hours, whose record is `before` in `run.json`."
+    return [told, *tell_before(run.get("before"))]
 
 
 def tell_licence(init: str | None, first: dict[str, str], licence: str) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from card import make_card
+from card import make_card, place_of
 
 from fast_latent_decoders import FastDecoder
 from fast_latent_decoders.evaluation.machine import processor_name
@@ -135,6 +135,9 @@ def write_export(out: Path, model: FastDecoder, c: "Config", summary: dict[str, 
     versions = {"python": platform.python_version()} | {
         p: version(p) for p in ("fast-latent-decoders", "torch", "diffusers", "accelerate")
     }
+    earlier = place_of(c.init) / "run.json" if c.init else None
+    if earlier and earlier.exists():  # weights that were trained before
+        summary = {**summary, "before": json.loads(earlier.read_text())}
     run = {**summary, "machine": where, "versions": versions}
     with whole_folder(target) as folder:
         half.save_pretrained(folder)

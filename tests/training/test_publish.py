@@ -111,6 +111,9 @@ def test_the_licence_is_that_of_the_initial_weights(tmp_path: Path) -> None:
         assert (card.data.license, card.data.base_model) == ("mit", "madebyollin/taesdxl")
         assert "MIT, the licence of the initial weights" in card.text
         assert card.text.count("Weights by Ollin Boer Bohan") == 1
+    assert "Before it the initial weights had 16,000 steps in 3.9 hours" in (second / "README.md").read_text()
+    assert json.loads((second / "run.json").read_text())["before"]["steps"] == 16_000
+    assert "before" not in json.loads((first / "run.json").read_text()), "the baseline's weights come without a record"
     gone = (export(tmp_path / "c", init="nowhere-to-be-found") / "README.md").read_text()
     assert ModelCard(gone).data.license == "unknown"
 
