@@ -10,10 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from .tiny import SHARED, module
-
-YUNET = SHARED / "weights/face_detection_yunet_2026may.onnx"
-needs_shared = pytest.mark.skipif(not YUNET.exists(), reason="needs the face detector, which does not come with the repository")
+from .tiny import module
 
 
 def source(path: object, **keys: Any) -> Any:

@@ -10,8 +10,10 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from .samples import YUNET, clip, crops, encoded, needs_shared, picture, shard, source, stage
-from .tiny import module
+from .samples import clip, crops, encoded, picture, shard, source, stage
+from .tiny import SHARED, module, needs_shared
+
+YUNET = SHARED / "weights/face_detection_yunet_2026may.onnx"
 
 # ---------------------------------------------------------------- the same crops, whoever makes them
 

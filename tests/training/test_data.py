@@ -14,8 +14,8 @@ from PIL import Image
 
 from fast_latent_decoders.evaluation import reading
 
-from .samples import clip, crops, encoded, keys, needs_shared, picture, shard, source, stage
-from .tiny import SHARED, module
+from .samples import clip, crops, encoded, keys, picture, shard, source, stage
+from .tiny import SHARED, module, needs_shared
 
 # ---------------------------------------------------------------- what is read
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,17 +63,7 @@ def assert_same(a: Any, b: Any, place: str = "checkpoint") -> None:
         assert a == b, place
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """As the processes of `train` have: sums over threads differ in their last bit."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.slow
-@pytest.mark.usefixtures("one_thread")
 def test_a_run_killed_at_step_13_goes_on_from_10_as_if_nothing_had_been(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(config(tmp_path, "whole"), monkeypatch=monkeypatch)
     whole = torch.load(tmp_path / "whole/checkpoint.pt", weights_only=True)
@@ -121,7 +111,6 @@ def test_a_run_under_autocast_exports_what_it_trained(tmp_path: Path, monkeypatc
     assert json.loads((tmp_path / "half/export/run.json").read_text())["starts"][0]["precision"] == "bf16"
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_muon_resumes_as_if_nothing_had_been(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(config(tmp_path, "whole"), "optimizer=muon", "gan.weight=0", monkeypatch=monkeypatch)
     killed = train(config(tmp_path, "parts"), "optimizer=muon", "gan.weight=0", kill_at=13)

@@ -6,9 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from .tiny import SHARED, SPACE, frozen, tiny_vae
-
-needs_shared = pytest.mark.skipif(not (SHARED / "weights").exists(), reason="needs the colour table, which does not come with the repository")
+from .tiny import SHARED, SPACE, frozen, needs_shared, tiny_vae
 
 
 def test_redrawn_weights_stay_in_the_rounding_box() -> None:

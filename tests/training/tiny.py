@@ -2,6 +2,7 @@
 
 import importlib
 import io
+import json
 import sys
 import tarfile
 from pathlib import Path
@@ -20,6 +21,7 @@ from fast_latent_decoders.evaluation.encoders import Encoder, FrozenEncoder, Sta
 
 ROOT = Path(__file__).parent.parent.parent
 SHARED = ROOT.parent / "shared"
+needs_shared = pytest.mark.skipif(not (SHARED / "weights").exists(), reason="needs weights and data that do not come with the repository")
 SPACE = {"latent_space": "mine", "latent_channels": 16, "scaling_factor": 0.7, "shift_factor": 0.1}
 
 
@@ -77,3 +79,21 @@ def tiny_vae(folder: Path, channels: int) -> Any:
     )  # fmt: skip
     vae.save_pretrained(folder)
     return vae
+
+
+def call(name: str, *arguments: object) -> int:
+    """Exit code of a command of training/."""
+    old, sys.argv = sys.argv, [f"{name}.py", *map(str, arguments)]
+    try:
+        module(name).main()
+    except SystemExit as error:
+        return int(error.code or 0)
+    finally:
+        sys.argv = old
+    return 0
+
+
+def write_log(run: Path, lines: list[Any], torn: str = "") -> Path:
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + torn)
+    return run
