@@ -58,7 +58,7 @@ class Teacher:
     features: float = 0.0  # weight of the distance to its attention maps at 1/8, 1/4 and 1/2
     latents: list[Literal["real", "noisy", "mixed", "recoloured", "widened"]] = field(default_factory=lambda: ["real"])  # one kind a step, in turn
     structure: bool = False  # leave the means over 8x8 px out of the output term: a teacher's colours may be wrong
-    share: float = 0.25  # of a batch
+    share: float = 0.25  # of a batch, on average: whole pictures or clips
 
 
 @dataclass(frozen=True, config=STRICT)

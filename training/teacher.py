@@ -1,5 +1,6 @@
 """Another decoder of the same latents as a teacher: on latents that no encoder made there is no true picture, but there is its."""
 
+import math
 from typing import Any
 
 import torch
@@ -81,23 +82,27 @@ class Lesson:
         self.maps = (Maps(network), Maps(self.network)) if c.features else None
 
     def latents(self, z: Tensor, frames: int, step: int, seed: int) -> Tensor:
-        """A share of the batch's clips, noisy, mixed, recoloured or widened: (n, C, h, w); none where they stay as they are."""
+        """A share of the batch's clips, noisy, mixed, recoloured or widened: (n, C, h, w); none where they stay as they are.
+
+        The share of a batch that is too small for it is a chance: of one clip a step, a quarter is a clip in every fourth step.
+        """
         kind = self.c.latents[step % len(self.c.latents)]
         if kind == "real":
             return z[:0]
         generator = torch.Generator().manual_seed(seed)
         clips = z.unflatten(0, (-1, frames))
         order = torch.randperm(len(clips), generator=generator)
-        count = self.count(len(clips))
+        count = self.count(len(clips), seed)
         chosen = clips[order[:count]]
-        each = (len(chosen), 1, 1, 1, 1)
+        each = (count, 1, 1, 1, 1)
         if kind == "noisy":
             sigma = 0.5 * torch.rand(each, generator=generator)
             chosen = chosen + (sigma * torch.randn(chosen.shape, generator=generator)).to(z)
         elif kind == "mixed":
-            chosen = torch.lerp(chosen, clips[order.roll(1)[:count]], torch.rand(each, generator=generator).to(z))
+            others = clips[order.roll(1)[:count]].flip(-1)  # mirrored: a clip that is alone has another one in itself
+            chosen = torch.lerp(chosen, others, torch.rand(each, generator=generator).to(z))
         elif kind == "recoloured":
-            channels = (len(chosen), 1, z.shape[1], 1, 1)
+            channels = (count, 1, z.shape[1], 1, 1)
             scale, shift = 1 + 0.2 * torch.randn(channels, generator=generator), 0.5 * torch.randn(channels, generator=generator)
             chosen = chosen * scale.to(z) + shift.to(z)
         elif kind == "widened":  # TAESD's encoder gives flatter latents than SD's own, RESULTS.md
@@ -105,18 +110,23 @@ class Lesson:
             chosen = torch.lerp(mean, chosen, 1 + 0.3 * torch.rand(each, generator=generator).to(z))
         return chosen.flatten(0, 1).contiguous(memory_format=torch.channels_last)
 
-    def count(self, clips: int) -> int:
-        return max(1, round(clips * self.c.share))
+    def count(self, clips: int, seed: int) -> int:
+        """How many of `clips` are taught: their share, rounded by chance so that it is right on average."""
+        return math.floor(clips * self.c.share + torch.rand((), generator=torch.Generator().manual_seed(seed)).item())
 
-    def terms(self, decoded: Tensor, z: Tensor, frames: int, own: Tensor, own_z: Tensor) -> dict[str, Tensor]:
+    def terms(self, decoded: Tensor, z: Tensor, frames: int, own: Tensor, own_z: Tensor, seed: int) -> dict[str, Tensor]:
         """The distances to the teacher's pictures and maps of the same latents; weights are the configuration's.
+
+        None where chance left no clip to be taught.
 
         Args:
             decoded, z: pictures and latents of `latents`, if there were any.
             own, own_z: those of the batch, whose last clips are taken where there were none.
         """
+        count = self.count(len(own) // frames, seed) * frames
+        if not count:
+            return {}
         if not len(z):
-            count = self.count(len(own) // frames) * frames
             decoded, z = own[-count:], own_z[-count:].contiguous(memory_format=torch.channels_last)
         mine = self.maps[0].take(z.shape[-1]) if self.maps else []
         with torch.no_grad():

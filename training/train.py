@@ -173,7 +173,7 @@ def main() -> None:
                 wanted = encoder.latents(target)
             terms["reencode"] = (encoder.latents(decoded) - wanted).abs().mean()
         if lesson:
-            terms.update(lesson.terms(imitated, taught, frames, decoded, z))
+            terms.update(lesson.terms(imitated, taught, frames, decoded, z, seed))
         loss = torch.stack([weights[name] * term.float() for name, term in terms.items()]).sum()
         if adversary and step >= c.gan.start:
             terms["gan"] = adversary.loss(decoded, target, z)

@@ -102,7 +102,7 @@ def test_a_discriminator_learns_to_tell_and_leaves_the_decoder_alone() -> None:
     adversary = module("adversary").Adversary(module("config").Gan(lr=1e-3, memory=6), 4, Accelerator(), width=8)
     z, target = torch.randn(4, 4, 4, 4), torch.rand(4, 3, 32, 32) * 2 - 1
     decoded = (target * 0.3).requires_grad_()
-    losses = [adversary.learn(decoded, target, z, step) for step in range(40)]
+    losses = [adversary.learn(decoded, target, z, step) for step in range(16)]
     assert losses[-1] < 0.7 * losses[0]
     assert decoded.grad is None
     assert len(adversary.pictures) == 6
@@ -135,11 +135,24 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn() -> None:
         assert taught.shape == (1 if step else 0, 4, 8, 8), "real ones are decoded with the batch already"
         assert not any(torch.equal(row, other) for row in taught for other in z)
         decoded, imitated = student.decoder(torch.cat([z, taught])).split([len(z), len(taught)])
-        terms = found.terms(imitated, taught, 1, decoded, z)
+        terms = found.terms(imitated, taught, 1, decoded, z, seed=step)
         assert terms.keys() == {"teacher", "teacher_maps"}
         assert max(term.item() for term in terms.values()) < 1e-6
-    clips = found.latents(torch.randn(6, 4, 8, 8), 3, 1, seed=0)
-    assert clips.shape == (3, 4, 8, 8), "whole clips"
+
+
+@pytest.mark.parametrize("kind", ["noisy", "mixed", "real"])
+def test_a_share_of_one_clip_is_a_whole_clip_now_and_then(kind: str) -> None:
+    student = FastDecoder.from_pretrained("taesdxl").float()
+    found = lesson(student, latents=[kind], share=0.25)
+    z = torch.randn(3, 4, 4, 4)
+    times = 0
+    for seed in range(16):
+        taught = found.latents(z, 3, seed, seed)
+        terms = found.terms(student.decoder(taught), taught, 3, student.decoder(z), z, seed)
+        assert not len(taught) or (taught.shape == z.shape and not torch.equal(taught, z)), "whole clips, and never the batch's own"
+        assert kind == "real" or bool(len(taught)) == bool(terms)
+        times += bool(terms)
+    assert 1 <= times <= 8
 
 
 def test_widened_latents_keep_their_mean_and_spread_further() -> None:
@@ -159,15 +172,15 @@ def test_a_teacher_of_structure_is_not_followed_in_colour() -> None:
     student = FastDecoder.from_pretrained("taesdxl").float()
     z = torch.randn(2, 4, 8, 8)
     tinted = student.decoder(z) + 0.3
-    assert lesson(student).terms(tinted, z, 1, tinted, z)["teacher"].item() == pytest.approx(0.3, rel=1e-3)
-    assert lesson(student, structure=True).terms(tinted, z, 1, tinted, z)["teacher"].item() == pytest.approx(0, abs=1e-5)
+    assert lesson(student, share=1).terms(tinted, z, 1, tinted, z, seed=0)["teacher"].item() == pytest.approx(0.3, rel=1e-3)
+    assert lesson(student, share=1, structure=True).terms(tinted, z, 1, tinted, z, seed=0)["teacher"].item() == pytest.approx(0, abs=1e-5)
 
 
 def test_attention_maps_tell_networks_of_other_widths_apart() -> None:
     student = SubpixelDecoder(widths=[16, 8, 8], blocks=[1, 1, 1], convs=1)
-    found = lesson(student, features=1)
+    found = lesson(student, features=1, share=1)
     z = torch.randn(2, 4, 8, 8)
-    term = found.terms(student.decoder(z), z, 1, z, z)["teacher_maps"]
+    term = found.terms(student.decoder(z), z, 1, z, z, seed=0)["teacher_maps"]
     assert 0 < term.item() < 2
     term.backward()
     assert all(parameter.grad is not None for parameter in student.decoder.layers[0].parameters())
