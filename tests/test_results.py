@@ -85,6 +85,26 @@ def test_records_are_kept_and_tables_written_and_checked(results: ModuleType, tm
     assert call(results, "a") == 0 and card.read_text() == text
 
 
+def test_the_summary_has_who_was_measured_and_the_own_decoder(results: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(results, "CARDS", tmp_path)
+    record = quality()
+    for name, ssim, change in (("a", 0.4, -0.1), ("b", 0.5, None)):
+        more = {"difference": {"mean": change, "low": change - 0.05, "high": change + 0.05, "n": 9}} if change else {}
+        record["figures"]["0.5"][name] |= {"ssim": figure(ssim, **more), "stlpips": figure(ssim, **more), "ssimulacra2": figure(ssim)}
+    rows = [row(name, ms, dtype=dtype) for name, ms, dtype in (("a", 9.5, "float32"), ("a", 5.0, "bfloat16"), ("b", 15.0, "bfloat16"))]
+    times = made_up(row("sdxl-vae", 900.0), row("tae-192", 800.0), *rows)
+    times["decoders"] = [{**times["decoders"][0], "name": name} for name in ("a", "b", "tae-192", "sdxl-vae")]
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "quality.json").write_text(json.dumps(record))
+    (tmp_path / "a" / "speed.json").write_text(json.dumps(times))
+    lines = [" ".join(line.split()) for line in results.summary("a").splitlines() if line.startswith("| `")]
+    assert lines == [
+        "| `a` | 2.0 | 5.00 (bf16) | 3.0 | **25.00** | 0.4000 | 0.40 | **0.4000** | 40.0 |",
+        "| `b` | 2.0 | 15.0 (bf16) | 1.0 | 23.00 | 0.5000 | 0.50 | 0.5000 | - |",
+        "| `sdxl-vae` | 2.0 | 900 (fp32) | 0.02 | - | - | - | - | - |",
+    ]
+
+
 @pytest.mark.parametrize(
     ("option", "content", "message"),
     [

@@ -4,12 +4,13 @@
     fld bench subpixel-sdxl taesdxl --size 512 --size 1024 --json bench.json
     python training/results.py subpixel-sdxl --quality evaluation/report.json --speed bench.json
 
-copies both records to hub_cards/<preset>/ as quality.json and speed.json, and writes the tables between the marks in the card and,
-for the default preset, in README.md. Without options it only writes the tables anew; --check writes nothing and fails where one differs.
+copies both records to hub_cards/<preset>/ as quality.json and speed.json, and writes the tables between the marks in the card, and a short
+one in README.md. Without options it only writes the tables anew; --check writes nothing and fails where one differs.
 """
 
 import argparse
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -18,12 +19,14 @@ from typing import Any
 from fast_latent_decoders.atomic import replacing
 from fast_latent_decoders.evaluation import report, tables
 from fast_latent_decoders.evaluation.metrics import METRICS
-from fast_latent_decoders.presets import DEFAULT
 
 ROOT = Path(__file__).parent.parent
 CARDS = ROOT / "hub_cards"
 BLOCK = re.compile(r"(?<=<!-- results -->\n).*?(?=<!-- end of results -->)", re.DOTALL)
 METRIC = ("psnr", "ssim", "ms_ssim", "ssimulacra2", "stlpips", "tint", "sharpness", "mesh")  # columns, where they were measured
+ARROWS = {"higher": " ↑", "lower": " ↓", "one": " → 1"}
+BRIEF = ("psnr", "ssim", "ssimulacra2", "stlpips")
+SUMMARISED = ("subpixel-sdxl", "subpixel-sd")  # presets whose records README sums up
 Record = dict[str, Any]
 
 
@@ -62,12 +65,8 @@ def speed_table(record: Record) -> str:
     for each in record["decoders"]:
         line = [f"`{each['name']}`", f"{each['parameters'] / 1e6:.2f} M", f"{each['fp16_bytes'] / 1e6:.1f}", f"{each['mac_per_pixel'] / 1e3:,.0f} K"]
         for size in sizes:
-            cells = []
-            for dtype in dtypes:
-                wanted = (each["name"], size, dtype, 1)
-                rows = [row["ms"] for row in record["rows"] if (row["decoder"], row["size"], row["dtype"], row["batch"]) == wanted and row["reason"] is None]
-                cells.append(tables.ms(min(rows)) if rows else "-")
-            line.append(" / ".join(cells))
+            times = [fastest(record, each["name"], size, dtype) for dtype in dtypes]
+            line.append(" / ".join(tables.ms(time) if time else "-" for time in times))
         lines.append(line)
     table = tables.markdown(head, lines)
     return f"{table}\n\n{tables.machine_lines(record)}\n\nMedian of up to {record['options']['repeats']} calls, one picture, decoders in turn."
@@ -75,22 +74,19 @@ def speed_table(record: Record) -> str:
 
 def quality_table(record: Record) -> str:
     """Means and intervals at each share of the colour table, differences at the middle one, and real colours."""
-    shares = list(record["figures"])
-    middle = shares[len(shares) // 2]
-    columns = [name for name in METRIC if any(name in figures for figures in record["figures"][middle].values())]
-    arrows = {"higher": " ↑", "lower": " ↓", "one": " → 1"}
-    head = [f"{METRICS[name].title}{', ' + METRICS[name].unit if METRICS[name].unit else ''}{arrows[METRICS[name].better]}" for name in columns]
+    shares, first = list(record["figures"]), middle(record)
+    columns = [name for name in METRIC if any(name in figures for figures in record["figures"][first].values())]
     lines, differences = [], []
-    for share in (middle, *(share for share in shares if share != middle)):
+    for share in (first, *(share for share in shares if share != first)):
         for name, figures in record["figures"][share].items():
             cells = [report.show(figures[metric], METRICS[metric]) if metric in figures else "-" for metric in columns]
             lines.append([f"`{name}`", *([share] if len(shares) > 1 else []), *cells])
-            if share == middle and any("difference" in figure for figure in figures.values()):
+            if share == first and any("difference" in figure for figure in figures.values()):
                 changes = [report.show_difference(figures.get(metric, {}).get("difference"), METRICS[metric]) for metric in columns]
                 differences.append([f"`{name}`", *changes])
-    parts = [tables.markdown(["decoder", *(["share of colour table"] if len(shares) > 1 else []), *head], lines)]
+    parts = [tables.markdown(["decoder", *(["share of colour table"] if len(shares) > 1 else []), *map(title, columns)], lines)]
     if differences:
-        where = f" (share {middle})" if len(shares) > 1 else ""
+        where = f" (share {first})" if len(shares) > 1 else ""
         parts += [f"Differences to `{record['baseline']}` on the same samples{where}, bold where the 95 % interval leaves out 0:"]
         parts += [tables.markdown(["decoder", *(METRICS[name].title for name in columns)], differences)]
     if record["colours"]:
@@ -110,16 +106,50 @@ def block(preset: str) -> str:
     return "\n\n".join(parts) + "\n" if parts else ""
 
 
-def documents(preset: str) -> list[Path]:
-    return [CARDS / preset / "README.md", *([ROOT / "README.md"] if preset == DEFAULT else [])]
+def summary(preset: str) -> str:
+    """README's table: a line for each decoder whose quality was measured, and one for the VAE's own, whose weights are not at hand."""
+    speed, quality = speed_of(CARDS / preset / "speed.json", preset), quality_of(CARDS / preset / "quality.json", preset)
+    share, size, dtypes = middle(quality), max(row["size"] for row in speed["rows"]), [row["dtype"] for row in speed["rows"]]
+    figures, baseline = quality["figures"][share], quality["baseline"]
+    pace = fastest(speed, baseline, size, dtypes[-1]) or math.nan
+    lines = []
+    for name, each in ((each["name"], each) for each in speed["decoders"] if each["name"] in figures or each["name"].endswith("-vae")):
+        dtype, time = next((dtype, time) for dtype in (dtypes[-1], dtypes[0]) if (time := fastest(speed, name, size, dtype)))
+        line = [f"`{name}`", f"{each['fp16_bytes'] / 1e6:.1f}", f"{tables.ms(time)} ({tables.SHORT[dtype]})", f"{pace / time:.{1 if time <= pace else 2}f}"]
+        for metric in BRIEF:
+            figure = figures.get(name, {}).get(metric)
+            change = figure and figure.get("difference")
+            ahead = change and (change["low"] > 0 if METRICS[metric].better == "higher" else change["high"] < 0)
+            line.append(f"{'**' * bool(ahead)}{figure['mean']:.{METRICS[metric].digits}f}{'**' * bool(ahead)}" if figure else "-")
+        lines.append([*line, f"{quality['colours'][name]['psnr']:.1f}" if name in quality["colours"] else "-"])
+    head = ["decoder", "fp16 MB", f"{size} px, ms", "times as fast", *map(title, BRIEF), "real flat colours, dB ↑"]
+    told = f"{quality['n']} held-out pictures, {share} of the colour table; bold: ahead of `{baseline}` with 95 % confidence. "
+    return f"{tables.markdown(head, lines)}\n\n{told}{tables.machine_lines(speed).splitlines()[0]}. Everything, other shares too: [{preset}](hub_cards/{preset}/README.md)."
 
 
-def updated(path: Path, preset: str) -> str:
-    """A document's text with this preset's tables in it. Raises ValueError where the marks are missing."""
+def middle(record: Record) -> str:
+    """The share of the colour table that differences are given at."""
+    return list(record["figures"])[len(record["figures"]) // 2]
+
+
+def title(metric: str) -> str:
+    """PSNR, dB ↑"""
+    info = METRICS[metric]
+    return f"{info.title}{', ' + info.unit if info.unit else ''}{ARROWS[info.better]}"
+
+
+def fastest(record: Record, decoder: str, size: int, dtype: str) -> float | None:
+    """Milliseconds of one picture, of whichever way to run was fastest."""
+    wanted = (decoder, size, dtype, 1, None)
+    rows = [row["ms"] for row in record["rows"] if (row["decoder"], row["size"], row["dtype"], row["batch"], row["reason"]) == wanted]
+    return min(rows, default=None)
+
+
+def updated(path: Path, made: str) -> str:
+    """A document's text with these tables in it. Raises ValueError where the marks are missing."""
     text = path.read_text()
     if len(BLOCK.findall(text)) != 1:
         raise ValueError(f"{path} must hold one line <!-- results --> and, after it, one line <!-- end of results -->")
-    made = block(preset)
     return BLOCK.sub(lambda _: made, text)
 
 
@@ -142,7 +172,10 @@ def main() -> None:
             for name, record in records.items():
                 with replacing(CARDS / preset / f"{name}.json", force=True) as path:
                     path.write_text(json.dumps(record, indent=1) + "\n")
-        stale = [(path, text) for preset in arguments.presets for path in documents(preset) if (text := updated(path, preset)) != path.read_text()]
+        made = {CARDS / preset / "README.md": block(preset) for preset in arguments.presets}
+        if set(SUMMARISED) & set(arguments.presets):
+            made[ROOT / "README.md"] = "\n\n".join(map(summary, SUMMARISED)) + "\n"
+        stale = [(path, text) for path, tables in made.items() if (text := updated(path, tables)) != path.read_text()]
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None
