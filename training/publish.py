@@ -139,6 +139,8 @@ def publish(folder: Path, preset: str, *, force: bool = False) -> Path:
         for name in KEPT:
             if (export / name).is_file():
                 shutil.copyfile(export / name, temporary / name)
+        config = {key: value for key, value in json.loads((export / "config.json").read_text()).items() if key != "_name_or_path"}
+        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")  # where it was loaded from is nobody's affair
         (temporary / "README.md").write_text(rename((export / "README.md").read_text(), export, preset))
     return target
 

@@ -190,6 +190,8 @@ def test_publishing_and_replacing(tmp_path: Path, cards: Path, capsys: pytest.Ca
     place = export(tmp_path / "run")
     (place / "quality.json").write_text("{}")
     (place / "notes.txt").write_text("not for the Hub")
+    config = json.loads((place / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps({**config, "_name_or_path": str(place)}))  # as a decoder that was loaded and saved again has it
     assert call("publish", tmp_path / "run", "subpixel-sdxl") == 0
     told = capsys.readouterr().out
     assert "MB" in told and "Preset(" in told  # presets.py has another shape
@@ -198,6 +200,7 @@ def test_publishing_and_replacing(tmp_path: Path, cards: Path, capsys: pytest.Ca
     text = (found / "README.md").read_text()
     assert "# subpixel-sdxl\n" in text and 'from_pretrained("subpixel-sdxl"' in text and str(tmp_path) not in text
     assert (found / WEIGHTS).read_bytes() == (place / WEIGHTS).read_bytes()
+    assert json.loads((found / "config.json").read_text()) == config
 
     again = export(tmp_path / "again")
     assert call("publish", again, "subpixel-sdxl") == 2
