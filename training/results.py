@@ -18,14 +18,17 @@ from typing import Any
 
 from fast_latent_decoders.atomic import replacing
 from fast_latent_decoders.evaluation import report, tables
-from fast_latent_decoders.evaluation.metrics import METRICS
+from fast_latent_decoders.evaluation.metrics import METRICS as PICTURE_METRICS
+from fast_latent_decoders.evaluation.temporal import VIDEO_METRICS
 
 ROOT = Path(__file__).parent.parent
 CARDS = ROOT / "hub_cards"
 BLOCK = re.compile(r"(?<=<!-- results -->\n).*?(?=<!-- end of results -->)", re.DOTALL)
-METRIC = ("psnr", "ssim", "ms_ssim", "ssimulacra2", "stlpips", "tint", "sharpness", "mesh")  # columns, where they were measured
-ARROWS = {"higher": " ↑", "lower": " ↓", "one": " → 1"}
-BRIEF = ("psnr", "ssim", "ssimulacra2", "stlpips")
+METRICS = PICTURE_METRICS | VIDEO_METRICS
+IN_TIME = ("temporal_difference", "flicker", "warping_excess")
+COLUMNS = ("psnr", "ssim", "ms_ssim", "ssimulacra2", "stlpips", "tint", "sharpness", "mesh", *IN_TIME)  # where they were measured
+BRIEF = ("psnr", "ssim", "ssimulacra2", "stlpips", *IN_TIME)
+ARROWS = {"higher": " ↑", "lower": " ↓", "one": " → 1", "zero": " → 0"}
 SUMMARISED = ("subpixel-sdxl", "subpixel-sd")  # presets whose records README sums up
 Record = dict[str, Any]
 
@@ -60,7 +63,7 @@ def speed_table(record: Record) -> str:
     """Sizes, and milliseconds at each resolution and in each format; who was fastest of several ways to run counts."""
     dtypes, sizes = (list(dict.fromkeys(row[key] for row in record["rows"])) for key in ("dtype", "size"))
     head = ["decoder", "parameters", "fp16 MB", "MAC/px"]
-    head += [f"{size} px, ms: {' / '.join(tables.SHORT[name] for name in dtypes)}" for size in sizes]
+    head += [f"{size} px{of_frames(record)}, ms: {' / '.join(tables.SHORT[name] for name in dtypes)}" for size in sizes]
     lines = []
     for each in record["decoders"]:
         line = [f"`{each['name']}`", f"{each['parameters'] / 1e6:.2f} M", f"{each['fp16_bytes'] / 1e6:.1f}", f"{each['mac_per_pixel'] / 1e3:,.0f} K"]
@@ -69,13 +72,13 @@ def speed_table(record: Record) -> str:
             line.append(" / ".join(tables.ms(time) if time else "-" for time in times))
         lines.append(line)
     table = tables.markdown(head, lines)
-    return f"{table}\n\n{tables.machine_lines(record)}\n\nMedian of up to {record['options']['repeats']} calls, one picture, decoders in turn."
+    return f"{table}\n\n{tables.machine_lines(record)}\n\nMedian of up to {record['options']['repeats']} calls, one {'clip' if record['options']['frames'] else 'picture'}, decoders in turn."
 
 
 def quality_table(record: Record) -> str:
     """Means and intervals at each share of the colour table, differences at the middle one, and real colours."""
     shares, first = list(record["figures"]), middle(record)
-    columns = [name for name in METRIC if any(name in figures for figures in record["figures"][first].values())]
+    columns = [name for name in COLUMNS if any(name in figures for figures in record["figures"][first].values())]
     lines, differences = [], []
     for share in (first, *(share for share in shares if share != first)):
         for name, figures in record["figures"][share].items():
@@ -111,25 +114,31 @@ def summary(preset: str) -> str:
     speed, quality = speed_of(CARDS / preset / "speed.json", preset), quality_of(CARDS / preset / "quality.json", preset)
     share, size, dtypes = middle(quality), max(row["size"] for row in speed["rows"]), [row["dtype"] for row in speed["rows"]]
     figures, baseline = quality["figures"][share], quality["baseline"]
+    columns = [metric for metric in BRIEF if metric in figures[baseline]]
     pace = fastest(speed, baseline, size, dtypes[-1]) or math.nan
     lines = []
     for name, each in ((each["name"], each) for each in speed["decoders"] if each["name"] in figures or each["name"].endswith("-vae")):
         dtype, time = next((dtype, time) for dtype in (dtypes[-1], dtypes[0]) if (time := fastest(speed, name, size, dtype)))
         line = [f"`{name}`", f"{each['fp16_bytes'] / 1e6:.1f}", f"{tables.ms(time)} ({tables.SHORT[dtype]})", f"{pace / time:.{1 if time <= pace else 2}f}"]
-        for metric in BRIEF:
+        for metric in columns:
             figure = figures.get(name, {}).get(metric)
             change = figure and figure.get("difference")
-            ahead = change and (change["low"] > 0 if METRICS[metric].better == "higher" else change["high"] < 0)
+            ahead = change and (change["low"] > 0 if METRICS[metric].better == "higher" else change["high"] < 0)  # towards zero: from above
             line.append(f"{'**' * bool(ahead)}{figure['mean']:.{METRICS[metric].digits}f}{'**' * bool(ahead)}" if figure else "-")
         lines.append([*line, f"{quality['colours'][name]['psnr']:.1f}" if name in quality["colours"] else "-"])
-    head = ["decoder", "fp16 MB", f"{size} px, ms", "times as fast", *map(title, BRIEF), "real flat colours, dB ↑"]
-    told = f"{quality['n']} held-out pictures, {share} of the colour table; bold: ahead of `{baseline}` with 95 % confidence. "
+    head = ["decoder", "fp16 MB", f"{size} px{of_frames(speed)}, ms", "times as fast", *map(title, columns), "real flat colours, dB ↑"]
+    told = f"{quality['n']} held-out {'clips' if IN_TIME[0] in columns else 'pictures'}, {share} of the colour table; bold: ahead of `{baseline}` with 95 % confidence. "
     return f"{tables.markdown(head, lines)}\n\n{told}{tables.machine_lines(speed).splitlines()[0]}. Everything, other shares too: [{preset}](hub_cards/{preset}/README.md)."
 
 
 def middle(record: Record) -> str:
     """The share of the colour table that differences are given at."""
     return list(record["figures"])[len(record["figures"]) // 2]
+
+
+def of_frames(record: Record) -> str:
+    """What is timed beside pictures."""
+    return f" x {frames} frames" if (frames := record["options"]["frames"]) else ""
 
 
 def title(metric: str) -> str:

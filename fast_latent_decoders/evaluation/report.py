@@ -137,8 +137,9 @@ def notes(results: Figures) -> list[str]:
     if reference := results["reference"]:
         how = f"latents without a truth: {reference}'s pictures of the same latents stand in its place, all figures tell of agreement with it, none of quality"
     seed = f", seed {protocol['seed']}" if encoder["posterior"] == "sample" else ""
+    first = f" (the first {protocol['frames']} frames of each)" if any(source["kind"] == "clips" for source in protocol["sources"]) else ""
     told = [
-        f"{results['n']} samples of {', '.join(source['path'] for source in protocol['sources'])}: {how}.",
+        f"{results['n']} samples{first} of {', '.join(source['path'] for source in protocol['sources'])}: {how}.",
         f"Encoder: {encoder['name']} (weights {encoder['weights']}), {encoder['posterior']}{seed}." if encoder["posterior"] else f"Latents: {encoder['name']}.",
         f"{machine}, {results['date']}. Intervals: bootstrap over samples.",
     ]
