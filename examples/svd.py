@@ -13,7 +13,7 @@ from fast_latent_decoders.clips import write_clip
 def main(
     image: str,
     model: str = "stabilityai/stable-video-diffusion-img2vid-xt",
-    decoder: str = "subpixel-sd",
+    decoder: str = "subpixel-temporal-svd",
     frames: int = 25,
     steps: int = 25,
     width: int = 1024,

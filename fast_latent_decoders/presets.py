@@ -50,6 +50,13 @@ PRESETS = {
         Preset("subpixel-sdxl", "SubpixelDecoder", "sdxl", "MIT", {"widths": (128, 64, 64), "blocks": (3, 3, 2), "convs": 3, "block": "tae"}),
         Preset("subpixel-small-sdxl", "SubpixelDecoder", "sdxl", "MIT", {"widths": (96, 64), "blocks": (3, 3), "convs": 3, "block": "tae"}),
         Preset("subpixel-sd", "SubpixelDecoder", "sd", "MIT", {"widths": (128, 64, 64), "blocks": (4, 3, 1), "convs": 3, "block": "tae"}),
+        Preset(
+            "subpixel-temporal-svd",
+            "SubpixelTemporalDecoder",
+            "sd",
+            "MIT",
+            {"widths": (128, 64, 64), "blocks": (4, 3, 1), "convs": 3, "block": "tae", "memory": (2, 2, 0)},
+        ),
         Preset("taesdxl", "TAEDecoder", "sdxl", "MIT", {"width": 64}),
         Preset("taesd", "TAEDecoder", "sd", "MIT", {"width": 64}),
     )

@@ -224,7 +224,7 @@ def made_up(*rows: dict[str, Any], reasons: tuple[str, ...] = (), **given: Any) 
     about = {"cpu": "Some CPU", "threads": 2, "cores": 4, "instructions": ["avx2"], "system": "Linux 6", "device": "cpu"}
     return {
         "date": "2026-01-01T00:00:00+00:00",
-        "options": {"sizes": [512], "repeats": 3, "budget": 10.0, "memory": True},
+        "options": {"sizes": [512], "frames": None, "repeats": 3, "budget": 10.0, "memory": True},
         "machine": about,
         "versions": {"torch": "2.14.1"},
         "idleness": {"busy": bool(reasons), "reasons": list(reasons)},

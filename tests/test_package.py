@@ -39,7 +39,7 @@ def test_the_wheel_carries_the_default_preset_and_the_encoders_within_40_mb(whee
     assert wheel.stat().st_size <= 40e6
     names = zipfile.ZipFile(wheel).namelist()
     folders = {name.split("/")[2] for name in names if name.startswith("fast_latent_decoders/hub_cards/")}
-    assert folders == {"subpixel-sdxl", "subpixel-small-sdxl", "subpixel-sd", "taesdxl-encoder", "taesd-encoder"}
+    assert folders == {"subpixel-sdxl", "subpixel-small-sdxl", "subpixel-sd", "subpixel-temporal-svd", "taesdxl-encoder", "taesd-encoder"}
     tops = {name.split("/")[0] for name in names}
     assert tops == {"fast_latent_decoders", next(top for top in tops if top.endswith(".dist-info"))}
 

@@ -42,7 +42,7 @@ def figure(mean: float, **more: Any) -> dict[str, Any]:
 def quality() -> dict[str, Any]:
     change = {"mean": 1.0, "low": 0.5, "high": 1.5, "n": 9}
     shares = {share: {"a": {"psnr": figure(24 + i, difference=change)}, "b": {"psnr": figure(23)}} for i, share in enumerate(("0", "0.5", "1"))}
-    source = {"path": "val.tar"}
+    source = {"path": "val.tar", "kind": "pictures"}
     encoder = {"name": "the tiny sdxl encoder", "weights": "abc", "posterior": "mode"}
     return {
         "date": "2026-01-01", "machine": "Some CPU", "n": 9, "baseline": "b", "reference": None, "failed": {}, "figures": shares,
