@@ -91,8 +91,8 @@ class Lesson:
             return z[:0]
         generator = torch.Generator().manual_seed(seed)
         clips = z.unflatten(0, (-1, frames))
+        count = self.count(len(clips), generator)
         order = torch.randperm(len(clips), generator=generator)
-        count = self.count(len(clips), seed)
         chosen = clips[order[:count]]
         each = (count, 1, 1, 1, 1)
         if kind == "noisy":
@@ -110,9 +110,12 @@ class Lesson:
             chosen = torch.lerp(mean, chosen, 1 + 0.3 * torch.rand(each, generator=generator).to(z))
         return chosen.flatten(0, 1).contiguous(memory_format=torch.channels_last)
 
-    def count(self, clips: int, seed: int) -> int:
-        """How many of `clips` are taught: their share, rounded by chance so that it is right on average."""
-        return math.floor(clips * self.c.share + torch.rand((), generator=torch.Generator().manual_seed(seed)).item())
+    def count(self, clips: int, generator: torch.Generator) -> int:
+        """How many of `clips` are taught: their share, rounded by chance so that it is right on average.
+
+        The first draw of a step's generator, and no later one's, or what is drawn for the taught would depend on their being taught.
+        """
+        return math.floor(clips * self.c.share + torch.rand((), generator=generator).item())
 
     def terms(self, decoded: Tensor, z: Tensor, frames: int, own: Tensor, own_z: Tensor, seed: int) -> dict[str, Tensor]:
         """The distances to the teacher's pictures and maps of the same latents; weights are the configuration's.
@@ -123,7 +126,7 @@ class Lesson:
             decoded, z: pictures and latents of `latents`, if there were any.
             own, own_z: those of the batch, whose last clips are taken where there were none.
         """
-        count = self.count(len(own) // frames, seed) * frames
+        count = self.count(len(own) // frames, torch.Generator().manual_seed(seed)) * frames
         if not count:
             return {}
         if not len(z):
