@@ -117,14 +117,18 @@ def summary(preset: str) -> str:
     columns = [metric for metric in BRIEF if metric in figures[baseline]]
     pace = fastest(speed, baseline, size, dtypes[-1]) or math.nan
     lines = []
-    for name, each in ((each["name"], each) for each in speed["decoders"] if each["name"] in figures or each["name"].endswith("-vae")):
+    for each in speed["decoders"]:
+        name = each["name"]
+        if name not in figures and not name.endswith("-vae"):
+            continue
         dtype, time = next((dtype, time) for dtype in (dtypes[-1], dtypes[0]) if (time := fastest(speed, name, size, dtype)))
         line = [f"`{name}`", f"{each['fp16_bytes'] / 1e6:.1f}", f"{tables.ms(time)} ({tables.SHORT[dtype]})", f"{pace / time:.{1 if time <= pace else 2}f}"]
         for metric in columns:
             figure = figures.get(name, {}).get(metric)
             change = figure and figure.get("difference")
             ahead = change and (change["low"] > 0 if METRICS[metric].better == "higher" else change["high"] < 0)  # towards zero: from above
-            line.append(f"{'**' * bool(ahead)}{figure['mean']:.{METRICS[metric].digits}f}{'**' * bool(ahead)}" if figure else "-")
+            value = f"{figure['mean']:.{METRICS[metric].digits}f}" if figure else "-"
+            line.append(f"**{value}**" if ahead else value)
         lines.append([*line, f"{quality['colours'][name]['psnr']:.1f}" if name in quality["colours"] else "-"])
     head = ["decoder", "fp16 MB", f"{size} px{of_frames(speed)}, ms", "times as fast", *map(title, columns), "real flat colours, dB ↑"]
     told = f"{quality['n']} held-out {'clips' if IN_TIME[0] in columns else 'pictures'}, {share} of the colour table; bold: ahead of `{baseline}` with 95 % confidence. "
@@ -184,7 +188,7 @@ def main() -> None:
         made = {CARDS / preset / "README.md": block(preset) for preset in arguments.presets}
         if set(SUMMARISED) & set(arguments.presets):
             made[ROOT / "README.md"] = "\n\n".join(map(summary, SUMMARISED)) + "\n"
-        stale = [(path, text) for path, tables in made.items() if (text := updated(path, tables)) != path.read_text()]
+        stale = [(path, text) for path, told in made.items() if (text := updated(path, told)) != path.read_text()]
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None
