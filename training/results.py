@@ -29,7 +29,7 @@ IN_TIME = ("temporal_difference", "flicker", "warping_excess")
 COLUMNS = ("psnr", "ssim", "ms_ssim", "ssimulacra2", "stlpips", "tint", "sharpness", "mesh", *IN_TIME)  # where they were measured
 BRIEF = ("psnr", "ssim", "ssimulacra2", "stlpips", *IN_TIME)
 ARROWS = {"higher": " ↑", "lower": " ↓", "one": " → 1", "zero": " → 0"}
-SUMMARISED = ("subpixel-sdxl", "subpixel-sd")  # presets whose records README sums up
+SUMMARISED = ("subpixel-sdxl", "subpixel-sd", "subpixel-temporal-svd")  # presets whose records README sums up
 Record = dict[str, Any]
 
 
