@@ -1,8 +1,9 @@
 """The scripts of examples/ run as they stand, on tiny random pipelines."""
 
+import runpy
 import shlex
-import subprocess
 import sys
+from collections.abc import Callable
 from itertools import takewhile
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from .pipelines import tiny
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.slow
+Run = Callable[..., str]
 
 
 @pytest.fixture(scope="module")
@@ -29,47 +31,55 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(name: str, folder: Path, *arguments: str) -> str:
-    command = [sys.executable, str(ROOT / "examples" / name), *arguments]
-    done = subprocess.run(command, check=False, cwd=folder, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"})
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs a script in an empty folder, `tmp_path`, and gives what it printed."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(name: str, *arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(ROOT / name), run_name="__main__")
+        assert not ended.value.code
+        return capsys.readouterr().out
+
+    return run
 
 
 def small(models: Path, steps: int = 2) -> list[str]:
     return ["--model", str(models / "sdxl"), "--decoder", str(models / "decoder"), "--steps", str(steps), "--size", "64"]
 
 
-def test_sdxl(models: Path, tmp_path: Path) -> None:
-    run("sdxl.py", tmp_path, *small(models))
+def test_sdxl(run: Run, models: Path, tmp_path: Path) -> None:
+    run("examples/sdxl.py", *small(models))
     assert (tmp_path / "sdxl.png").exists()
 
 
-def test_image_to_image(models: Path, tmp_path: Path) -> None:
-    run("image_to_image.py", tmp_path, str(models / "photo.png"), *small(models, steps=4))
+def test_image_to_image(run: Run, models: Path, tmp_path: Path) -> None:
+    run("examples/image_to_image.py", str(models / "photo.png"), *small(models, steps=4))
     assert (tmp_path / "image_to_image.png").exists()
 
 
-def test_svd(models: Path, tmp_path: Path) -> None:
+def test_svd(run: Run, models: Path, tmp_path: Path) -> None:
     size = ["--width", "64", "--height", "64", "--frames", "2", "--steps", "1"]
-    run("svd.py", tmp_path, str(models / "photo.png"), "--model", str(models / "svd"), *size)
+    run("examples/svd.py", str(models / "photo.png"), "--model", str(models / "svd"), *size)
     frames, fps = read_clip(tmp_path / "svd.mp4")
     assert (len(list(frames)), fps) == (2, 7)
 
 
-def test_swap_by_hand(models: Path, tmp_path: Path) -> None:
-    run("swap_by_hand.py", tmp_path, *small(models))
+def test_swap_by_hand(run: Run, models: Path, tmp_path: Path) -> None:
+    run("examples/swap_by_hand.py", *small(models))
     assert {path.name for path in tmp_path.iterdir()} == {"swapped-original.png", "swapped-fast.png"}
 
 
-def test_paper_tables(tmp_path: Path) -> None:
+def test_paper_tables(run: Run, tmp_path: Path) -> None:
     """Each table's commands; the first one's evaluation is run as printed."""
     (tmp_path / "pictures").mkdir()
     for i in range(2):
         tiny.picture(i).resize((256, 256)).save(tmp_path / "pictures" / f"{i}.png")
     lines = []
     for table in ("1", "2", "3"):
-        said = run("../training/paper_tables.py", tmp_path, table, "pictures", "--tiny", "--dry-run", "--count", "2", "--names", "testlist01.txt")
+        said = run("training/paper_tables.py", table, "pictures", "--tiny", "--dry-run", "--count", "2", "--names", "testlist01.txt")
         lines += [line for line in said.splitlines() if line.startswith("fld ")]
     assert [line.split()[1] for line in lines] == ["evaluate", "bench"] * 3
     assert "--clips" in lines[4] and "--frames 8" in lines[5] and "--size 1024" in lines[2]
@@ -80,8 +90,8 @@ def test_paper_tables(tmp_path: Path) -> None:
         assert set(takewhile(lambda word: not word.startswith("--"), shlex.split(line)[2:])) <= set(subjects.names())
 
 
-def test_push_to_hub_local(models: Path, tmp_path: Path) -> None:
-    said = run("push_to_hub.py", tmp_path, str(models / "decoder"), "mine", "--local")
+def test_push_to_hub_local(run: Run, models: Path, tmp_path: Path) -> None:
+    said = run("examples/push_to_hub.py", str(models / "decoder"), "mine", "--local")
     assert "FastDecoder.from_pretrained('mine')" in said
     assert (tmp_path / "mine" / "diffusion_pytorch_model.safetensors").exists()
 

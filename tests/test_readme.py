@@ -2,12 +2,13 @@
 
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from diffusers import DiffusionPipeline, StableDiffusionXLPipeline, StableVideoDiffusionPipeline
+from typer.testing import CliRunner
+
+from fast_latent_decoders.cli import app
 
 from .pipelines import tiny
 
@@ -47,12 +48,12 @@ def test_code_blocks_run_one_after_the_other(tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.slow
 @pytest.mark.parametrize("line", [line for block in blocks("sh") for line in block.splitlines() if line.startswith("fld ")])
-def test_commands_run(line: str, tmp_path: Path) -> None:
+def test_commands_run(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("examples", "hub_cards"):
         (tmp_path / name).symlink_to(ROOT / name)
-    command = [sys.executable, "-c", "from fast_latent_decoders.cli import app; app()", *shlex.split(line)[1:]]
-    done = subprocess.run(command, check=False, cwd=tmp_path, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT), "PATH": ""})
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, shlex.split(line)[1:])
+    assert done.exit_code == 0, done.output
 
 
 def test_the_two_commands_are_those_of_ci() -> None:
