@@ -1,0 +1,82 @@
+"""The average of a finished run's weights and those it began with, which is often better than either (Wortsman et al. 2022, arXiv:2109.01903).
+
+    python training/average.py training/runs/subpixel-sdxl training/runs/subpixel-sdxl-average --share 0.3 0.4 0.5 [--keep 0.4]
+
+A run that goes on from good weights with other losses or pictures wins what it was begun for and loses some of what was there. Both lie in
+one basin of the loss, so that a share of the way from the one to the other can have most of both. Each share is measured as train.py measures;
+`--keep` writes it as a run's folder that publish.py takes, with its own figures in run.json and card.
+"""
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from config import Config
+from data import pick
+from export import write_export
+from losses import ShiftTolerantLPIPS
+from publish import RefusedError, find_export
+from pydantic import TypeAdapter
+from running import sentences
+from torch import Tensor
+from validate import measure
+
+from fast_latent_decoders import FastDecoder
+from fast_latent_decoders.evaluation.encoders import load_encoder
+
+
+def average(first: FastDecoder, last: FastDecoder, share: float) -> FastDecoder:
+    """`share` of the way from the first decoder's weights to the last one's, in float32; neither is changed.
+
+    Raises:
+        ValueError: decoders of different families or shapes.
+    """
+    mine, theirs = ({k: v for k, v in decoder.config.items() if not k.startswith("_")} for decoder in (first, last))
+    if type(first) is not type(last) or mine != theirs:
+        raise ValueError(f"expected two decoders of one shape, got a {type(first).__name__} {mine} and a {type(last).__name__} {theirs}")
+    made = type(last).from_config(last.config).float().eval()
+    ends = (decoder.decoder.state_dict() for decoder in (first, last))
+    a, b = ({key: value.float() for key, value in end.items()} for end in ends)
+    made.decoder.load_state_dict({key: torch.lerp(a[key], b[key], share) for key in a})
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="of train.py, finished, with an init of the same shape")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--share", type=float, nargs="+", default=(0.25, 0.5, 0.75), help="of the way from the init to the run's weights")
+    parser.add_argument("--keep", type=float, help="the share that is written")
+    arguments = parser.parse_args()
+    if arguments.out.exists():
+        parser.error(f"{arguments.out} exists: give another folder")
+    try:
+        export = find_export(arguments.run)
+    except RefusedError as error:
+        raise SystemExit(str(error)) from None
+    run = json.loads((export / "run.json").read_text())
+    c = TypeAdapter(Config).validate_python(run["starts"][-1]["config"])
+    if not c.init:
+        raise SystemExit(f"{arguments.run} began with random weights: there is nothing to average with")
+    with sentences():
+        first, last = (FastDecoder.from_pretrained(place).float() for place in (c.init, str(export)))
+        made = {share: average(first, last, share) for share in sorted({*arguments.share, *([arguments.keep] if arguments.keep else [])})}
+        encoder, samples, stlpips = load_encoder(c.encoder, c.stand_in, last), pick(c.val, c.val_count), ShiftTolerantLPIPS()
+    found = {}
+    for share, model in made.items():
+
+        def decode(z: Tensor, frames: int, model: FastDecoder = model) -> Tensor:
+            return model.decoder(z, frames)
+
+        found[share] = measure(decode, encoder, samples, share=0.5, stlpips=stlpips)
+        print(share, found[share], flush=True)
+    if arguments.keep:
+        summary = {**run, "val": found[arguments.keep], "val_of_run": run["val"], "average": arguments.keep}
+        folder = write_export(arguments.out, made[arguments.keep], replace(c, out=str(arguments.out)), summary)
+        print(f"{folder} has {arguments.keep:g} of the run and the rest of what it began with")
+
+
+if __name__ == "__main__":
+    main()
