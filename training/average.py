@@ -13,9 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from config import Config
+from config import Config, build_decoder
 from data import pick
 from export import write_export
+from grow import grow
 from losses import ShiftTolerantLPIPS
 from publish import RefusedError, find_export
 from pydantic import TypeAdapter
@@ -33,7 +34,7 @@ def average(first: FastDecoder, last: FastDecoder, share: float) -> FastDecoder:
     Raises:
         ValueError: decoders of different families or shapes.
     """
-    mine, theirs = ({k: v for k, v in decoder.config.items() if not k.startswith("_")} for decoder in (first, last))
+    mine, theirs = ({k: list(v) if isinstance(v, tuple) else v for k, v in d.config.items() if not k.startswith("_")} for d in (first, last))
     if type(first) is not type(last) or mine != theirs:
         raise ValueError(f"expected two decoders of one shape, got a {type(first).__name__} {mine} and a {type(last).__name__} {theirs}")
     made = type(last).from_config(last.config).float().eval()
@@ -45,7 +46,7 @@ def average(first: FastDecoder, last: FastDecoder, share: float) -> FastDecoder:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="of train.py, finished, with an init of the same shape")
+    parser.add_argument("run", type=Path, help="of train.py, finished, that had an init")
     parser.add_argument("out", type=Path)
     parser.add_argument("--share", type=float, nargs="+", default=(0.25, 0.5, 0.75), help="of the way from the init to the run's weights")
     parser.add_argument("--keep", type=float, help="the share that is written")
@@ -61,7 +62,8 @@ def main() -> None:
     if not c.init:
         raise SystemExit(f"{arguments.run} began with random weights: there is nothing to average with")
     with sentences():
-        first, last = (FastDecoder.from_pretrained(place).float() for place in (c.init, str(export)))
+        first, last = build_decoder(c), FastDecoder.from_pretrained(export).float()
+        grow(FastDecoder.from_pretrained(c.init).float(), first, torch.Generator().manual_seed(c.seed))  # as train.py began
         made = {share: average(first, last, share) for share in sorted({*arguments.share, *([arguments.keep] if arguments.keep else [])})}
         encoder, samples, stlpips = load_encoder(c.encoder, c.stand_in, last), pick(c.val, c.val_count), ShiftTolerantLPIPS()
     found = {}
