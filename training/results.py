@@ -30,6 +30,7 @@ COLUMNS = ("psnr", "ssim", "ms_ssim", "ssimulacra2", "stlpips", "tint", "sharpne
 BRIEF = ("psnr", "ssim", "ssimulacra2", "stlpips", *IN_TIME)
 ARROWS = {"higher": " ↑", "lower": " ↓", "one": " → 1", "zero": " → 0"}
 SUMMARISED = ("subpixel-sdxl", "subpixel-sd", "subpixel-temporal-svd")  # presets whose records README sums up
+TUNED = ", tuned"  # how a report calls a control row
 Record = dict[str, Any]
 
 
@@ -97,7 +98,9 @@ def quality_table(record: Record) -> str:
         count = next(iter(record["colours"].values()))["n"]
         parts += [f"{count:,} colours of real latents, which no stand-in made:"]
         parts += [tables.markdown(head, [[f"`{name}`", *(f"{c[key]:.1f}" for key in ("psnr", "p95", "worst", "textured"))] for name, c in record["colours"].items()])]
-    return "\n\n".join([*parts, *report.notes(record)])
+    tuned = [name.removesuffix(TUNED) for name in record["figures"][first] if name.endswith(TUNED)]
+    control = [f"`{name}{TUNED}` is the control row: {name}'s own decoder after a run on our pictures, with our losses (training/RESULTS.md)." for name in tuned]
+    return "\n\n".join([*parts, *control, *report.notes(record)])
 
 
 def block(preset: str) -> str:
