@@ -8,6 +8,7 @@ one basin of the loss, so that a share of the way from the one to the other can 
 """
 
 import argparse
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,6 @@ from losses import ShiftTolerantLPIPS
 from publish import RefusedError, find_export
 from pydantic import TypeAdapter
 from running import sentences
-from torch import Tensor
 from validate import measure
 
 from fast_latent_decoders import FastDecoder
@@ -37,10 +37,8 @@ def average(first: FastDecoder, last: FastDecoder, share: float) -> FastDecoder:
     mine, theirs = ({k: list(v) if isinstance(v, tuple) else v for k, v in d.config.items() if not k.startswith("_")} for d in (first, last))
     if type(first) is not type(last) or mine != theirs:
         raise ValueError(f"expected two decoders of one shape, got a {type(first).__name__} {mine} and a {type(last).__name__} {theirs}")
-    made = type(last).from_config(last.config).float().eval()
-    ends = (decoder.decoder.state_dict() for decoder in (first, last))
-    a, b = ({key: value.float() for key, value in end.items()} for end in ends)
-    made.decoder.load_state_dict({key: torch.lerp(a[key], b[key], share) for key in a})
+    made, begun = copy.deepcopy(last).float().eval(), first.decoder.state_dict()
+    made.decoder.load_state_dict({key: torch.lerp(begun[key].float(), value, share) for key, value in made.decoder.state_dict().items()})
     return made
 
 
@@ -64,20 +62,15 @@ def main() -> None:
     with sentences():
         first, last = build_decoder(c), FastDecoder.from_pretrained(export).float()
         grow(FastDecoder.from_pretrained(c.init).float(), first, torch.Generator().manual_seed(c.seed))  # as train.py began
-        made = {share: average(first, last, share) for share in sorted({*arguments.share, *([arguments.keep] if arguments.keep else [])})}
         encoder, samples, stlpips = load_encoder(c.encoder, c.stand_in, last), pick(c.val, c.val_count), ShiftTolerantLPIPS()
-    found = {}
-    for share, model in made.items():
-
-        def decode(z: Tensor, frames: int, model: FastDecoder = model) -> Tensor:
-            return model.decoder(z, frames)
-
-        found[share] = measure(decode, encoder, samples, share=0.5, stlpips=stlpips)
-        print(share, found[share], flush=True)
-    if arguments.keep:
-        summary = {**run, "val": found[arguments.keep], "val_of_run": run["val"], "average": arguments.keep}
-        folder = write_export(arguments.out, made[arguments.keep], replace(c, out=str(arguments.out)), summary)
-        print(f"{folder} has {arguments.keep:g} of the run and the rest of what it began with")
+    for share in sorted({*arguments.share, *([] if arguments.keep is None else [arguments.keep])}):
+        model = average(first, last, share)
+        found = measure(model.decoder, encoder, samples, share=0.5, stlpips=stlpips)
+        print(share, found, flush=True)
+        if share == arguments.keep:
+            summary = {**run, "val": found, "val_of_run": run["val"], "average": share}
+            folder = write_export(arguments.out, model, replace(c, out=str(arguments.out)), summary)
+            print(f"{folder} has {share:g} of the run and the rest of what it began with")
 
 
 if __name__ == "__main__":

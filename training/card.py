@@ -221,7 +221,7 @@ def make_card(c: "Config", model: FastDecoder, summary: dict[str, Any], machine:
         "\n" + "\n".join(tell_losses(c)) + "\n",
         f"{summary.get('steps', 0):,} steps in {summary.get('hours', 0):g} hours on {machine}, precision {start.get('precision', 'not logged')},",
         f"{per_step}, learning rate {c.lr:g}{' (Muon)' if c.optimizer == 'muon' else ''}, average of the weights {c.ema:g}.",
-        *([f"The weights are {average:g} of the run's and {1 - average:g} of those it began with (`average.py`)."] if average else []),
+        *([f"The weights are {average:g} of the run's and {1 - average:g} of those it began with (`average.py`)."] if average is not None else []),
         *tell_before(summary.get("before")),
         f"`run.json` holds every setting{f', of each of the {starts} starts of the run' if starts > 1 else ''}.\n",
         "| from step | crops | a batch | changes before encoding | clips |\n|---|---|---|---|---|",
