@@ -252,13 +252,13 @@ def test_encode_without_an_encoder_fails_each(tmp_path: Path, pictures: Path) ->
 def test_compare(tmp_path: Path, decoder: str, pictures: Path) -> None:
     pytest.importorskip("skimage")
     sheet = tmp_path / "deep" / "sheet.png"
-    words = ("compare", pictures, "--decoder", decoder, "--decoder", "taesdxl", "--out", sheet)
+    words = ("compare", pictures, "--decoder", f"mine={decoder}", "--decoder", "taesdxl", "--out", sheet)
     result = fld(*words)
     assert f"2 pictures by 2 decoders in {sheet}" in result.stdout and "mean" in result.stdout
     said = json.loads(fld(*words, "--json").stdout)
     assert [row["name"] for row in said["pictures"]] == ["one", "two"]
     first = said["pictures"][0]["figures"]
-    assert first.keys() == {decoder, "taesdxl"} and first["taesdxl"]["psnr"] > 5 and 0 < first["taesdxl"]["ssim"] < 1
+    assert first.keys() == {"mine", "taesdxl"} and first["taesdxl"]["psnr"] > 5 and 0 < first["taesdxl"]["ssim"] < 1
     assert "stays as it is" in fld(*words).stderr
     width, height = Image.open(sheet).size
     assert width > 2 * 640 and height > 3 * 320
@@ -286,6 +286,8 @@ def test_compare_failures(tmp_path: Path, sd_decoder: str, latents: Path, pictur
     assert "holds 'sdxl' latents and the decoder is for 'sd'" in said
     assert (tmp_path / "sheet.png").exists()
     assert "expected a file ending in" in fld("compare", pictures, "--out", tmp_path / "sheet.txt", code=2).stderr
+    for wrong, reason in (("a=", "expected a preset"), ("=taesd", "expected a preset"), ("taesd=taesdxl", "is taesd and taesdxl")):
+        assert reason in fld("compare", pictures, "--decoder", "taesd", "--decoder", wrong, "--out", tmp_path / "x.png", code=2).stderr
 
 
 def test_compare_without_scikit_image(tmp_path: Path, decoder: str, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -160,7 +160,7 @@ def test_encode_and_compare_films(tmp_path: Path, decoder: str) -> None:
     assert torch.equal(read_latents(tmp_path / "three/a.safetensors").tensor, latents.tensor[:3])
     assert "--frames asks for 9" in fld("encode", tmp_path / "a.mp4", "--out", tmp_path / "nine", "--frames", 9, code=1).stderr
 
-    ask = ("--decoder", decoder, "--decoder", "taesd", "--video")
+    ask = ("--decoder", f"mine={decoder}", "--decoder", "taesd", "--video")
     fld("compare", tmp_path / "a.safetensors", *ask, "--out", tmp_path / "beside")
     assert names(tmp_path / "beside") == ["a.mp4", "a.png"]
     frames, rate = read_clip(tmp_path / "beside/a.mp4")
@@ -171,7 +171,7 @@ def test_encode_and_compare_films(tmp_path: Path, decoder: str) -> None:
     assert shown[0].shape[1] > 3 * 64
     assert "already in" in fld("compare", tmp_path / "a.safetensors", *ask, "--out", tmp_path / "beside").stdout
     told = json.loads(fld("compare", tmp_path / "a.mp4", tmp_path / "a.safetensors", *ask, "--out", tmp_path / "both", "--json").stdout)
-    assert (len(told["clips"]), told["failed"]) == (1, [])
+    assert (len(told["clips"]), told["decoders"], told["failed"]) == (1, ["mine", "taesd"], [])
     fld("compare", tmp_path / "a.mp4", "--decoder", "taesd", "--video", "--out", tmp_path / "film")
     write_latents(tmp_path / "b.safetensors", torch.randn(7, 4, 4, 8), "sd")
     write_clip(tmp_path / "b.mp4", film(34, 66), 12)

@@ -59,7 +59,7 @@ def rows_of(out: Path) -> list[dict[str, str]]:
 
 def test_figures_can_be_computed_again_by_hand(tmp_path: Path, decoder: str, pictures: Path) -> None:
     out = tmp_path / "out"
-    done = fld(pictures, "--decoder", decoder, "--decoder", "taesdxl", "--size", 64, "--out", out, *CHEAP)
+    done = fld(pictures, "--decoder", f"mine, small={decoder}", "--decoder", "taesdxl", "--size", 64, "--out", out, *CHEAP)
     assert done.exit_code == 0, done.output
     results = json.loads((out / "report.json").read_text())
     assert (results["n"], results["baseline"]) == (3, "taesdxl")
@@ -77,7 +77,7 @@ def test_figures_can_be_computed_again_by_hand(tmp_path: Path, decoder: str, pic
     figure = results["figures"]["0"]["taesdxl"]["psnr"]
     assert figure["mean"] == pytest.approx(np.mean(values), abs=0.02)
     assert figure["low"] <= figure["mean"] <= figure["high"]
-    difference = results["figures"]["0"][decoder]["psnr"]["difference"]
+    difference = results["figures"]["0"]["mine, small"]["psnr"]["difference"]
     assert difference["n"] == 3
     assert difference["mean"] < 0
     distance = results["distances"]["0"]["taesdxl"]["alexnet-st"]

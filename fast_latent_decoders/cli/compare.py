@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from .loading import DeviceName, DtypeName, find_device, load_decoder, run_decoder, vae_units
+from .loading import DeviceName, DtypeName, find_device, load_decoder, named, run_decoder, vae_units
 from .run import Run, collect, count, is_input, table_console, wrong_usage
 from .video import compare_clips
 
@@ -25,7 +25,7 @@ def compare(
     paths: Annotated[
         list[Path], typer.Argument(help="Latents (a picture of the same name beside them is their source) or pictures.")
     ],
-    decoder: Annotated[list[str], typer.Option(help="A preset, folder or Hub id; give it several times.")] = [  # noqa: B006
+    decoder: Annotated[list[str], typer.Option(help="A preset, folder or Hub id; NAME=FOLDER shows it as NAME. Several times.")] = [  # noqa: B006
         "subpixel-sdxl",
         "taesdxl",
     ],
@@ -50,15 +50,16 @@ def compare(
     from ..pictures import FORMATS, SUFFIXES, write_image
     from ..sheet import draw_sheet
 
-    names = list(dict.fromkeys(decoder))
+    places = named(decoder)
+    names = list(places)
     place = find_device(device)
     if video:
-        compare_clips(paths, names, out if out.suffix.lower() not in FORMATS else out.with_suffix(""), place, dtype, fps, scaled, force, as_json)
+        compare_clips(paths, places, out if out.suffix.lower() not in FORMATS else out.with_suffix(""), place, dtype, fps, scaled, force, as_json)
     if out.suffix.lower() not in FORMATS:
         wrong_usage(f"--out {out}: expected a file ending in {', '.join(FORMATS)}")
     with Run("comparing", quiet=True) as run:
         files = inputs(collect(run, paths, (*READERS, *SUFFIXES), "latent or picture"))
-        decoders = {name: load_decoder(name, place, dtype) for name in names} if files else {}
+        decoders = {name: load_decoder(loaded, place, dtype) for name, loaded in places.items()} if files else {}
         rows: list[Compared] = []
         for file, source in run.over(files.items(), len(files)):
             try:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from .loading import DeviceName, find_device
+from .loading import DeviceName, find_device, named
 from .run import Run, count, wrong_usage
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ PICTURES = ["psnr", "ssim", "ms_ssim", "lpips_vgg", "stlpips", "ssimulacra2", "t
 
 def evaluate(
     data: Annotated[list[str], typer.Argument(help="Folders, or patterns of WebDataset shards: 'val/*.tar'; with --agreement, of latents.")],
-    decoder: Annotated[list[str], typer.Option(help="A preset, folder or Hub id, of ours or a diffusers VAE; several times.")] = [  # noqa: B006
+    decoder: Annotated[list[str], typer.Option(help="A preset, folder or Hub id, of ours or a diffusers VAE; NAME=FOLDER shows it as NAME. Several times.")] = [  # noqa: B006
         "subpixel-sdxl",
         "subpixel-small-sdxl",
         "taesdxl",
@@ -75,7 +75,8 @@ def evaluate(
     from ..evaluation.tools import open_tools
 
     place = find_device(device)
-    decoder = list(dict.fromkeys(decoder))
+    places = named(decoder)
+    decoder = list(places)
     baseline = baseline or ("taesdxl" if "taesdxl" in decoder else decoder[-1])
     if baseline not in decoder:
         wrong_usage(f"--baseline {baseline} is none of the decoders: {', '.join(decoder)}")
@@ -99,7 +100,7 @@ def evaluate(
     shares = [0.0, 0.5, 1.0] if colour_table else [0.0]
     with Run("measuring", quiet=True) as run:
         try:
-            candidates = [load_candidate(name, place) for name in decoder]
+            candidates = [load_candidate(loaded, place, name) for name, loaded in places.items()]
             first = next((c.model for c in candidates if hasattr(c.model, "latent_space")), None)
             if first is None:
                 wrong_usage("at least one decoder must be of this package, so that the latents' convention is known")

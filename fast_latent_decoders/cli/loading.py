@@ -31,6 +31,20 @@ def find_device(name: DeviceName) -> str:
     return name
 
 
+def named(given: list[str]) -> dict[str, str]:
+    """What is shown -> what is loaded, of decoders given as PLACE or NAME=PLACE; wrong usage where one name has two places."""
+    found: dict[str, str] = {}
+    for value in given:
+        name, equals, place = value.partition("=")
+        if not equals or Path(value).exists():
+            name = place = value
+        if not name or not place:
+            wrong_usage(f"--decoder {value}: expected a preset, folder or Hub id, or NAME= before one")
+        if found.setdefault(name, place) != place:
+            wrong_usage(f"--decoder: {name} is {found[name]} and {place}; give them two names")
+    return found
+
+
 def load_decoder(name: str, device: str = "cpu", dtype: DtypeName = "float32", backend: str = "torch") -> "FastDecoder":
     """A preset, folder or Hub id, ready on `device`; wrong usage if it cannot be loaded.
 

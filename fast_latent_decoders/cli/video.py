@@ -93,11 +93,11 @@ def write_frames(outputs: list[Path], frames: Iterator["np.ndarray"], *, force: 
 
 
 def compare_clips(
-    paths: list[Path], names: list[str], out: Path, device: str, dtype: DtypeName, fps: float | None, scaled: bool, force: bool, as_json: bool
+    paths: list[Path], places: dict[str, str], out: Path, device: str, dtype: DtypeName, fps: float | None, scaled: bool, force: bool, as_json: bool
 ) -> NoReturn:
     """Of each clip a film of the decoders side by side and a strip of frames, the source first where a film of its name lies beside it.
 
-    A film that is given itself is encoded by each decoder's own encoder. Frames are decoded twice rather than kept.
+    `places`: what is shown -> what is loaded. A film that is given itself is encoded by each decoder's own encoder. Frames are decoded twice rather than kept.
     """
     import numpy as np
 
@@ -113,7 +113,7 @@ def compare_clips(
             run.end()
         encoded = {file.stem for file in files if file.suffix.lower() in READERS}
         files = [file for file in files if file.suffix.lower() in READERS or file.stem not in encoded]  # the others are sources
-        decoders = {name: load_decoder(name, device, dtype) for name in names}
+        decoders = {name: load_decoder(place, device, dtype) for name, place in places.items()}
         for file in run.over(files, len(files)):
             film, strip = out / f"{file.stem}.mp4", out / f"{file.stem}.png"
             if film.exists() and strip.exists() and not force:
@@ -132,7 +132,7 @@ def compare_clips(
                     count = len(next(iter(latents.values())))
                     rows = {name: partial(clip_frames, decoder, latents[name]) for name, decoder in decoders.items()}
                     if source:
-                        rows = {"source": partial(source_frames, source, count, latents[names[0]].shape[2:]), **rows}
+                        rows = {"source": partial(source_frames, source, count, next(iter(latents.values())).shape[2:]), **rows}
                     shown = set(np.linspace(0, count - 1, min(8, count)).round().astype(int).tolist())
                     few = {name: np.stack([frame for i, frame in enumerate(frames()) if i in shown]) for name, frames in rows.items()}
                     write_image(strip, draw_strip(few), force=force or not film.exists())
@@ -143,7 +143,7 @@ def compare_clips(
             run.finish(file, film)
     if as_json:
         done = [str(path) for path in run.done]
-        typer.echo(json.dumps({"decoders": names, "clips": done, "skipped": [str(path) for path in run.skipped], "failed": run.failures()}, indent=2))
+        typer.echo(json.dumps({"decoders": list(places), "clips": done, "skipped": [str(path) for path in run.skipped], "failed": run.failures()}, indent=2))
     else:
         typer.echo(run.summary("clip", out))
     run.end()

@@ -35,29 +35,31 @@ def lay_out(model: nn.Module, layout: torch.memory_format) -> nn.Module:
     return model
 
 
-def load_candidate(name: str, device: str, dtype: torch.dtype = torch.float32) -> Candidate:
-    """A preset, a folder or a Hub id of a FastDecoder, AutoencoderTiny, AutoencoderKL or AutoencoderKLTemporalDecoder.
+def load_candidate(place: str, device: str, name: str | None = None) -> Candidate:
+    """A preset, a folder or a Hub id of a FastDecoder, AutoencoderTiny, AutoencoderKL or AutoencoderKLTemporalDecoder, in float32.
+
+    It is shown as `name`, without as `place`.
 
     Raises:
         ValueError: nothing of the kind can be loaded there.
     """
     try:
-        model: Any = FastDecoder.from_pretrained(name)
+        model: Any = FastDecoder.from_pretrained(place)
         scale, shift = model.latent_space.scaling_factor, model.latent_space.shift_factor
     except (OSError, ValueError) as error:
         try:
-            model = read_vae(name, None)
+            model = read_vae(place, None)
         except ValueError:
-            raise ValueError(f"{name}: {error}") from error
+            raise ValueError(f"{place}: {error}") from error
         scale, shift = model.config.scaling_factor, getattr(model.config, "shift_factor", None) or 0.0
     network = model.decoder
-    nn.Module.to(model, torch.device(device), dtype).eval().requires_grad_(False)  # ModelMixin's logs a warning (CONTRACT 7.11)
+    nn.Module.to(model, torch.device(device), torch.float32).eval().requires_grad_(False)  # ModelMixin's logs a warning (CONTRACT 7.11)
     lay_out(network, torch.channels_last)
     temporal = isinstance(model, FastDecoder) or type(model).__name__ == "AutoencoderKLTemporalDecoder"
 
     @torch.inference_mode()
     def decode(z: Tensor, frames: int) -> Tensor:
-        units = (z / scale + shift).to(device, dtype).contiguous(memory_format=torch.channels_last)
+        units = (z / scale + shift).to(device, torch.float32).contiguous(memory_format=torch.channels_last)
         decoded = model.decode(units, num_frames=frames) if temporal else model.decode(units)
         return decoded.sample.float().cpu()
 
@@ -65,7 +67,7 @@ def load_candidate(name: str, device: str, dtype: torch.dtype = torch.float32) -
     for key, value in sorted(network.state_dict().items()):
         digest.update(key.encode() + value.detach().cpu().float().numpy().tobytes())
     parameters = sum(parameter.numel() for parameter in network.parameters())
-    return Candidate(name, decode, model, model.config.latent_channels, parameters, digest.hexdigest()[:16])
+    return Candidate(name or place, decode, model, model.config.latent_channels, parameters, digest.hexdigest()[:16])
 
 
 def recoloured(candidate: Candidate, matrix: Tensor) -> Candidate:
