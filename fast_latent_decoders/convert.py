@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .atomic import FileError, reason
-from .networks.tae import TAENetwork
+from .networks.tae import TAENetwork, stage_widths
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderTiny
@@ -68,9 +68,11 @@ def to_taesd(decoder: "TAEDecoder") -> dict[str, Tensor]:
     """The state dict of TAESD's own decoder layout, "1.weight" and so on, as its users' loaders expect.
 
     Raises:
-        ValueError: block counts or upsampling are not TAESD's; such loaders build the network without asking.
+        ValueError: block counts or upsampling are not TAESD's, as such loaders build the network without asking; or more than
+            one width, which they cannot.
     """
     config = decoder.config
+    _one_width(decoder)
     blocks, upsampling = tuple(config["blocks"]), config.get("upsampling", "nearest")
     if blocks != BLOCKS or upsampling != "nearest":
         raise ValueError(
@@ -90,16 +92,18 @@ def to_autoencoder_tiny(decoder: "TAEDecoder", *, encoder: nn.Module | None = No
     the standard shape, or else the tiny encoder of the same latent space that comes with this package.
 
     Raises:
+        ValueError: the decoder has more than one width; an `AutoencoderTiny` has one (FACTS 2.4).
         RuntimeError: no tiny encoder exists for this latent space and none is given.
     """
     from diffusers import AutoencoderTiny
 
     from .encoder import load_tiny_encoder
 
+    width = _one_width(decoder)
     encoder = encoder or load_tiny_encoder(decoder.latent_space)
     config = decoder.config
     tiny: Any = AutoencoderTiny(  # diffusers hides its modules from type checkers
-        decoder_block_out_channels=(config["width"],) * 4,
+        decoder_block_out_channels=(width,) * 4,
         num_decoder_blocks=tuple(config["blocks"]),
         latent_channels=config["latent_channels"],
         upsample_fn=config.get("upsampling", "nearest"),
@@ -107,6 +111,13 @@ def to_autoencoder_tiny(decoder: "TAEDecoder", *, encoder: nn.Module | None = No
     tiny.encoder.load_state_dict({name: tensor.float() for name, tensor in encoder.state_dict().items()})
     tiny.decoder.load_state_dict(decoder.decoder.state_dict())
     return nn.Module.to(tiny, decoder.dtype).eval()  # ModelMixin's own logs a warning about nothing (CONTRACT 7.11)
+
+
+def _one_width(decoder: "TAEDecoder") -> int:
+    widths = stage_widths(decoder.config["width"])
+    if len(set(widths)) > 1:
+        raise ValueError(f"expected one width in all stages, as tiny autoencoders have; this decoder has {widths}, which only this package loads")
+    return widths[0]
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

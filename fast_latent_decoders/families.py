@@ -95,12 +95,12 @@ class SubpixelTemporalDecoder(FastDecoder):
 
 
 class TAEDecoder(FastDecoder):
-    """TAESD's layer list at one width: 192 is the paper's TAE-192 (FACTS 2), 64 is TAESD and TAESDXL.
+    """TAESD's layer list: of width 192 it is the paper's TAE-192 (FACTS 2), of 64 TAESD and TAESDXL.
 
-    Tensor names are those of `AutoencoderTiny`'s decoder; `fld convert` turns one into the other.
+    Tensor names are those of `AutoencoderTiny`'s decoder; at one width `fld convert` turns one into the other.
 
     Args:
-        width: channels of every stage.
+        width: channels of every stage, or four numbers, one for each: (192, 192, 64, 64) has a fifth of TAE-192's work.
         blocks: residual blocks at 1/8, 1/4, 1/2 and full resolution.
         upsampling: "nearest" or "bilinear".
     """
@@ -111,7 +111,7 @@ class TAEDecoder(FastDecoder):
     @register_to_config
     def __init__(
         self,
-        width: int = 192,
+        width: int | Sequence[int] = 192,
         blocks: Sequence[int] = (3, 3, 3, 1),
         upsampling: str = "nearest",
         latent_space: str = "sdxl",

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,13 @@ def test_taesd_layout_and_back(tmp_path: Path, tiny: AutoencoderTiny) -> None:
     assert all(torch.equal(exported[name], tensor) for name, tensor in original_layout(tiny).items())
     with pytest.raises(ValueError, match="convert it to autoencoder-tiny"):
         to_taesd(TAEDecoder(width=8, blocks=(1, 1, 1, 1)))
+
+
+@pytest.mark.parametrize("export", [to_taesd, to_autoencoder_tiny])
+def test_four_widths_have_no_other_layout(export: Callable[[TAEDecoder], object]) -> None:
+    with pytest.raises(ValueError, match="expected one width in all stages"):
+        export(TAEDecoder(width=(16, 8, 8, 8), blocks=(1, 1, 1, 1)))
+    assert export(TAEDecoder(width=(8, 8, 8, 8)))  # one width after all
 
 
 def change(state: dict[str, torch.Tensor], what: str) -> dict[str, torch.Tensor]:

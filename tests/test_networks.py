@@ -16,6 +16,7 @@ from fast_latent_decoders.networks.temporal import TAETemporalNetwork, TemporalM
 
 SMALL = {
     "tae": lambda channels=4: TAENetwork(channels, 16, (1, 1, 1, 1)),
+    "tae of four widths": lambda channels=4: TAENetwork(channels, (16, 12, 8, 4), (1, 1, 1, 1)),
     "tae bilinear": lambda channels=4: TAENetwork(channels, 16, (1, 1, 1, 1), "bilinear"),
     "temporal": lambda channels=4: TAETemporalNetwork(channels, 64, (1, 1, 1, 1)),
     "temporal latent": lambda channels=4: TAETemporalNetwork(channels, 64, (1, 1, 1, 1), mid_block="latent"),
@@ -174,7 +175,7 @@ def test_tae_is_autoencoder_tiny(blocks, upsampling):
         assert largest_difference(network(z), stock.decoder(z)) < 1e-6
 
 
-@pytest.mark.parametrize("wrong", [{"width": 0}, {"blocks": (3, 3, 1)}, {"blocks": (3, 3, 3, -1)}, {"upsampling": "bicubic"}])
+@pytest.mark.parametrize("wrong", [{"width": 0}, {"width": (8, 8, 8)}, {"width": (8, 8, 8, 0)}, {"blocks": (3, 3, 1)}, {"blocks": (3, 3, 3, -1)}, {"upsampling": "bicubic"}])
 def test_tae_refuses(wrong):
     with pytest.raises(ValueError, match=r"expected .* got"):
         TAENetwork(**{"latent_channels": 4, "width": 8} | wrong)

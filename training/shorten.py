@@ -24,6 +24,7 @@ from torch import nn
 from fast_latent_decoders import FastDecoder, SubpixelDecoder, TAEDecoder
 from fast_latent_decoders.evaluation.encoders import load_encoder
 from fast_latent_decoders.networks.blocks import Residual, SubpixelUp
+from fast_latent_decoders.networks.tae import stage_widths
 
 
 def shorten(source: TAEDecoder | SubpixelDecoder, blocks: Sequence[int], half: int | None = None) -> SubpixelDecoder:
@@ -48,7 +49,7 @@ def shorten(source: TAEDecoder | SubpixelDecoder, blocks: Sequence[int], half: i
     else:
         if config.upsampling != "nearest":
             raise ValueError(f"expected a source that upsamples nearest, got {config.upsampling}")
-        widths, convs, block, layers = [config.width] * 3, 3, "tae", list(fold_upsampling(source.decoder).layers)
+        widths, convs, block, layers = [*stage_widths(config.width)[:3]], 3, "tae", list(fold_upsampling(source.decoder).layers)
     if half:
         widths[2] = half
     target = SubpixelDecoder(widths[: len(blocks)], tuple(blocks), convs, block, **shared)

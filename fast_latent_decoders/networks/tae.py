@@ -1,4 +1,4 @@
-"""TAE: the paper's decoder, TAESD's layer list at any uniform width (FACTS 2.2).
+"""TAE: the paper's decoder, TAESD's layer list at any width (FACTS 2.2), or at one width for each resolution.
 
 Tensor names and maths are those of diffusers' `DecoderTiny`, so the weights of an `AutoencoderTiny` decoder load as they are
 and ours can be exported as one.
@@ -14,30 +14,33 @@ UPSAMPLINGS = ("nearest", "bilinear")
 
 
 class TAENetwork(BlockNetwork):
-    """Four stages of residual blocks of one width, at 1/8, 1/4, 1/2 and full resolution.
+    """Four stages of residual blocks, at 1/8, 1/4, 1/2 and full resolution.
 
     Scaled latents (N, latent_channels, h, w) to pictures (N, 3, 8h, 8w), nominally in [-1, 1].
-    The published TAE-192 is ``TAENetwork(4, 192)``, TAESD is ``TAENetwork(4, 64)``.
-    Raises ValueError for a width below 1, anything but four block counts, or an unknown upsampling.
+    The published TAE-192 is ``TAENetwork(4, 192)``, TAESD is ``TAENetwork(4, 64)``. Four widths, one for each stage, are no
+    published shape: (192, 192, 64, 64) has a fifth of TAE-192's work, nearly all of which is at 1/2 and full resolution
+    (FACTS 2.4, 2.6). The convolution behind an upsampling goes from one width to the next.
+    Raises ValueError for a width below 1, anything but one or four widths and four block counts, or an unknown upsampling.
     """
 
     def __init__(
-        self, latent_channels: int, width: int, blocks: Sequence[int] = (3, 3, 3, 1), upsampling: str = "nearest"
+        self, latent_channels: int, width: int | Sequence[int], blocks: Sequence[int] = (3, 3, 3, 1), upsampling: str = "nearest"
     ) -> None:
-        if width < 1 or len(blocks) != 4 or min(blocks) < 0:
+        widths = stage_widths(width)
+        if len(widths) != 4 or min(widths) < 1 or len(blocks) != 4 or min(blocks) < 0:
             raise ValueError(
-                "expected a width of at least 1 and four block counts (for 1/8, 1/4, 1/2 and full resolution) of at least 0; "
-                f"got width {width}, blocks {tuple(blocks)}"
+                "expected a width of at least 1, or four, and four block counts (for 1/8, 1/4, 1/2 and full resolution) of at "
+                f"least 0; got width {width}, blocks {tuple(blocks)}"
             )
         if upsampling not in UPSAMPLINGS:
             raise ValueError(f"expected upsampling to be one of {', '.join(UPSAMPLINGS)}; got {upsampling!r}")
         # Positions are tensor names: nothing may move.
-        layers: list[nn.Module] = [nn.Conv2d(latent_channels, width, 3, padding=1), nn.ReLU()]
-        for count in blocks[:-1]:
-            layers += [TAEBlock(width) for _ in range(count)]
-            layers += [nn.Upsample(scale_factor=2, mode=upsampling), nn.Conv2d(width, width, 3, padding=1, bias=False)]
-        layers += [TAEBlock(width) for _ in range(blocks[-1])]
-        super().__init__([*layers, nn.Conv2d(width, 3, 3, padding=1)])
+        layers: list[nn.Module] = [nn.Conv2d(latent_channels, widths[0], 3, padding=1), nn.ReLU()]
+        for count, this, following in zip(blocks, widths, widths[1:], strict=False):
+            layers += [TAEBlock(this) for _ in range(count)]
+            layers += [nn.Upsample(scale_factor=2, mode=upsampling), nn.Conv2d(this, following, 3, padding=1, bias=False)]
+        layers += [TAEBlock(widths[-1]) for _ in range(blocks[-1])]
+        super().__init__([*layers, nn.Conv2d(widths[-1], 3, 3, padding=1)])
 
     def to_picture(self, x: Tensor) -> Tensor:
         """The layers end in [0, 1]."""
@@ -48,6 +51,11 @@ class TAENetwork(BlockNetwork):
         halo = super().halo()
         bilinear = any(isinstance(layer, nn.Upsample) and layer.mode == "bilinear" for layer in self.layers)
         return halo + 2 if halo is not None and bilinear else halo
+
+
+def stage_widths(width: int | Sequence[int]) -> tuple[int, ...]:
+    """A TAE's channels at 1/8, 1/4, 1/2 and full resolution, from its configuration's `width`."""
+    return (width,) * 4 if isinstance(width, int) else tuple(width)
 
 
 class TAEBlock(Residual):

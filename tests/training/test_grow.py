@@ -118,6 +118,16 @@ def test_taesdxl_grows(grow: ModuleType) -> None:
     assert error(source.float().decoder, target.decoder, z) < 1e-4
 
 
+def test_a_tae_widens_where_it_is_cheap_first(grow: ModuleType) -> None:
+    """From one width over four and back to one: the way of tae-192-sdxl on a small machine."""
+    source, four, target = made("tae"), made("tae", width=(16, 12, 8, 8)), made("tae", width=16)
+    grow.grow(source, four)
+    grow.grow(four, target)
+    z = latents()
+    assert error(source.decoder, four.decoder, z) < 1e-5
+    assert error(four.decoder, target.decoder, z) < 1e-5
+
+
 def test_subpixel_preset_grows(grow: ModuleType) -> None:
     source = FastDecoder.from_pretrained("subpixel-sdxl")
     target = SubpixelDecoder((160, 80, 64), (4, 3, 3), 3, "tae")

@@ -21,11 +21,12 @@ def shorten() -> ModuleType:
     return module("shorten")
 
 
-def test_what_the_head_sees_is_the_sources(shorten: ModuleType) -> None:
+@pytest.mark.parametrize("width", [8, (16, 12, 8, 4)])
+def test_what_the_head_sees_is_the_sources(shorten: ModuleType, width: int | tuple[int, ...]) -> None:
     """Away from the borders, where folded upsampling may differ from the second stage on."""
-    source, z = TAEDecoder(width=8, blocks=(2, 1, 2, 1)), torch.randn(1, 4, 24, 24)
+    source, z = TAEDecoder(width=width, blocks=(2, 1, 2, 1)), torch.randn(1, 4, 24, 24)
     short = shorten.shorten(source, (2, 1, 2))
-    assert short.config.widths == [8, 8, 8]
+    assert short.config.widths == ([8, 8, 8] if width == 8 else [16, 12, 8])
     seen: list[torch.Tensor] = []
     short.decoder.layers[-1].register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
     ups = [layer for layer in source.decoder.layers if isinstance(layer, nn.Upsample)]
@@ -34,7 +35,7 @@ def test_what_the_head_sees_is_the_sources(shorten: ModuleType) -> None:
         short.decoder(z)
         source.decoder(z)
     mine, theirs = seen
-    assert mine.shape == theirs.shape == (1, 8, 96, 96)
+    assert mine.shape == theirs.shape == (1, short.config.widths[-1], 96, 96)
     torch.testing.assert_close(mine[..., 4:-4, 4:-4], theirs[..., 4:-4, 4:-4], rtol=0, atol=1e-5)
 
 
