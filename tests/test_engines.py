@@ -96,10 +96,12 @@ fast = SubpixelDecoder((8, 8, 8), (1, 1, 1), 1).eval().requires_grad_(False)
 if sys.argv[1] == "kept":
     fast.optimize(dtype=torch.float32)
 z = torch.randn(1, 4, 96, 96)
-for _ in range(3):
+faults = []
+for _ in range(5):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     fast.decode(z)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(min(faults[2:]))  # a busy system may take pages back by itself, but not during each call
 """
     given, kept = (int(subprocess.run([sys.executable, "-c", code, how], capture_output=True, text=True, check=True).stdout) for how in ("given", "kept"))
     assert kept < given / 10
