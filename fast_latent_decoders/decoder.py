@@ -197,7 +197,8 @@ class FastDecoder(Encoding, ModelMixin, AutoencoderMixin, ConfigMixin):
         if self.device.type == "cpu":
             keep_memory()
         dtype = dtype or fastest_dtype(self, self.device.type)
-        nn.Module.to(self, dtype).to(memory_format=torch.channels_last)  # ModelMixin's `to(dtype)` logs a warning about nothing (CONTRACT 7.11)
+        module: Any = self
+        nn.Module.to(module, dtype).to(memory_format=torch.channels_last)  # ModelMixin's `to(dtype)` logs a warning about nothing (CONTRACT 7.11)
         if backend == "compile":
             self.decoder.compile(mode="reduce-overhead" if self.device.type == "cuda" else None)
         return self
