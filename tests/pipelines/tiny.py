@@ -55,7 +55,7 @@ FAMILIES: dict[str, tuple[type[FastDecoder], dict[str, Any]]] = {
     "subpixel-4": (SubpixelDecoder, {"widths": (16, 8), "blocks": (1, 1), "convs": 1}),  # the last pixel shuffle by 4
     "streaming": (SubpixelTemporalDecoder, {"widths": (16, 8, 8), "blocks": (2, 1, 1), "memory": (1, 1, 0)}),
     "tae": (TAEDecoder, {"width": 8, "blocks": (1, 1, 1, 1)}),
-    "tae-bilinear": (TAEDecoder, {"width": 8, "blocks": (1, 1, 1, 1), "upsampling": "bilinear"}),
+    "tae-bilinear": (TAEDecoder, {"width": (12, 8, 8, 4), "blocks": (1, 1, 1, 1), "upsampling": "bilinear"}),
     "temporal": (TAETemporalDecoder, {"width": 32, "blocks": (1, 1, 1, 1), "mid_block": "latent"}),
     "efficientvit": (EfficientViTDecoder, {"widths": (32, 16, 8), "attention_blocks": 2, "residual_blocks": (1, 1)}),
 }
