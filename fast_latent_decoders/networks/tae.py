@@ -36,7 +36,7 @@ class TAENetwork(BlockNetwork):
             raise ValueError(f"expected upsampling to be one of {', '.join(UPSAMPLINGS)}; got {upsampling!r}")
         # Positions are tensor names: nothing may move.
         layers: list[nn.Module] = [nn.Conv2d(latent_channels, widths[0], 3, padding=1), nn.ReLU()]
-        for count, this, following in zip(blocks, widths, widths[1:], strict=False):
+        for count, this, following in zip(blocks[:-1], widths[:-1], widths[1:], strict=True):
             layers += [TAEBlock(this) for _ in range(count)]
             layers += [nn.Upsample(scale_factor=2, mode=upsampling), nn.Conv2d(this, following, 3, padding=1, bias=False)]
         layers += [TAEBlock(widths[-1]) for _ in range(blocks[-1])]
