@@ -1,6 +1,7 @@
 """Presets: the decoders that have weights, by name."""
 
 import difflib
+import json
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -31,7 +32,7 @@ class Preset:
 
     @property
     def parameters(self) -> int:
-        return _count(self.class_name, tuple(sorted(self.config.items())))[0]
+        return _count(self.class_name, json.dumps(self.config))[0]
 
     @property
     def megabytes(self) -> float:
@@ -41,7 +42,7 @@ class Preset:
     @property
     def mac_per_pixel(self) -> float:
         """Multiply-accumulates for each pixel of the picture, counted at 512 px."""
-        return _count(self.class_name, tuple(sorted(self.config.items())))[1]
+        return _count(self.class_name, json.dumps(self.config))[1]
 
 
 PRESETS = {
@@ -131,15 +132,15 @@ def locate(name: str) -> str:
 
 
 @cache
-def _count(class_name: str, config: tuple[tuple[str, Any], ...]) -> tuple[int, float]:
-    """Parameters, and multiply-accumulates per pixel at 512 px, from a network without weights."""
+def _count(class_name: str, config: str) -> tuple[int, float]:
+    """Parameters, and multiply-accumulates per pixel at 512 px, from a network without weights; its configuration is JSON."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
     from .decoder import FastDecoder
 
     with torch.device("meta"):
-        decoder = FastDecoder.families[class_name](**dict(config))
+        decoder = FastDecoder.families[class_name](**json.loads(config))
         z = torch.empty(1, decoder.config.latent_channels, 64, 64)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             decoder.decoder(z)

@@ -170,7 +170,7 @@ def tell_measured(val: dict[str, float], baseline: dict[str, float], name: str |
 def make_card(c: "Config", model: FastDecoder, summary: dict[str, Any], machine: str, load: str) -> str:
     """The card as Markdown. `load` is what the snippets give to `from_pretrained`."""
     family, space, name = type(model).__name__, model.latent_space.name, Path(c.out).name
-    own = {key: tuple(v) if isinstance(v, list) else v for key, v in model.config.items() if not key.startswith("_")}
+    own = {key: value for key, value in model.config.items() if not key.startswith("_")}
     sizes = Preset(name, family, space, OURS, own)
     encoder, tiny = tell_encoder(c, space, summary.get("encoder", {}))
     first = origin(c.init) if c.init else {}

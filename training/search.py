@@ -1,9 +1,11 @@
 """The search for Subpixel's shape: variants at equal training time, and what each costs (issue 12; figures in RESULTS.md).
 
-    python training/search.py --minutes 15 [NAME ...]
+    python training/search.py --minutes 15 [--scale 0.5] [NAME ...]
 
-trains each variant from random weights for so many minutes of this machine, idle, by the settings of configs/laptop/ablation.yaml,
-into training/runs/search-NAME, and prints quality beside the times of a decode. What is finished is not trained again.
+trains each variant from random weights, for as many steps as its network goes forward and back in so many minutes of this machine,
+by the settings of configs/laptop/search.yaml, into training/runs/search-NAME, and prints quality beside the times of a decode.
+`--scale` trains them at that share of their widths, where the hours are short; times are those of the full widths in any case.
+What is finished is not trained again. Steps are counted before the first one is trained: the machine should be idle then.
 """
 
 import argparse
@@ -15,32 +17,49 @@ from typing import Any
 
 import torch
 from diffusers.configuration_utils import register_to_config
+from grow import branch
 from torch import Tensor, nn
 
 from fast_latent_decoders import FastDecoder
+from fast_latent_decoders.engines import keep_memory
 from fast_latent_decoders.evaluation.timing import measure
-from fast_latent_decoders.networks.blocks import BlockNetwork, Residual, ResidualBlock, zero_init
+from fast_latent_decoders.networks.blocks import BlockNetwork, Residual, zero_init
 from fast_latent_decoders.networks.efficientvit import EfficientViTBlock
+from fast_latent_decoders.networks.tae import TAEBlock
+from fast_latent_decoders.presets import Preset
 
-CONFIG = Path(__file__).parent / "configs" / "laptop" / "ablation.yaml"
+CONFIG = Path(__file__).parent / "configs" / "laptop" / "search.yaml"
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"relu": nn.ReLU, "silu": nn.SiLU, "gelu": nn.GELU}
 
-# Name -> what differs from the first subpixel-sdxl; all cost about as much, 138 to 174 K MAC/px.
+# Name -> what differs from 128/64/64 channels with 4/3/1 TAE blocks of three convolutions, which is as fast as subpixel-sdxl was asked to be;
+# all but the one that ships, 112 K MAC/px, cost about as much, 79 to 98.
 VARIANTS: dict[str, dict[str, Any]] = {
-    "shipped": {},
-    "wide": {"stages": [[256, 4], [96, 3], [48, 2]]},
-    "deep": {"stages": [[128, 18], [96, 3], [48, 2]]},
-    "three-convs": {"stages": [[192, 5], [96, 2], [48, 1]], "convs": 3},
-    "quarter": {"stages": [[160, 6], [128, 4], [48, 2]]},  # more at 1/4
-    "no-half": {"stages": [[192, 8], [128, 4]], "factors": [2, 4]},  # from 1/4 to the picture in one step
-    "thin-half": {"stages": [[192, 8], [128, 3], [32, 1]]},
-    "depthwise": {"block": "depthwise", "stages": [[224, 12], [96, 6], [64, 3]]},
+    "base": {},
+    "base-again": {"train": ["seed=1"]},  # how much is chance
+    "ships": {"stages": [[128, 3], [64, 3], [64, 2]]},
+    "thin-ships": {"stages": [[128, 4], [64, 3], [48, 2]]},
+    "wide": {"stages": [[192, 2], [64, 3], [64, 1]]},
+    "deep": {"stages": [[96, 7], [64, 3], [64, 1]]},
+    "quarter": {"stages": [[96, 4], [96, 2], [64, 1]]},  # more at 1/4
+    "half": {"stages": [[96, 3], [64, 2], [64, 2]]},  # more at 1/2
+    "thin-half": {"stages": [[128, 4], [64, 4], [32, 3]]},
+    "no-half": {"stages": [[128, 5], [96, 3]], "factors": [2, 4]},  # from 1/4 to the picture in one step
+    "two-convs": {"stages": [[128, 6], [64, 5], [64, 1]], "convs": 2},
     "up-1x1": {"up_kernel": 1},
-    "silu": {"activation": "silu"},
-    "gelu": {"activation": "gelu"},
-    "attention": {"stages": [[192, 6], [96, 3], [48, 2]], "attention": 2},
+    "residual": {"block": "residual"},  # no ReLU behind the sum, and a new block is the identity
+    "silu": {"block": "residual", "activation": "silu"},
+    "gelu": {"block": "residual", "activation": "gelu"},
+    "depthwise": {"block": "depthwise", "stages": [[160, 8], [96, 4], [64, 2]]},
+    "attention": {"stages": [[128, 3], [64, 3], [64, 1]], "attention": 2},
     "branches": {"train": ["branches=true"]},  # re-parameterised
 }
+
+
+def arguments_of(name: str, scale: float = 1.0) -> dict[str, Any]:
+    """A variant's arguments of VariantDecoder, its widths times `scale`."""
+    found = {"stages": [[128, 4], [64, 3], [64, 1]], **VARIANTS[name]}
+    found.pop("train", None)
+    return {**found, "stages": [[round(width * scale), count] for width, count in found["stages"]]}
 
 
 class ActivatedBlock(Residual):
@@ -82,10 +101,10 @@ class VariantDecoder(FastDecoder):
     @register_to_config
     def __init__(
         self,
-        stages: Sequence[Sequence[int]] = ((192, 8), (96, 3), (48, 2)),
+        stages: Sequence[Sequence[int]],
         factors: Sequence[int] = (2, 2, 2),
-        convs: int = 2,
-        block: str = "residual",
+        convs: int = 3,
+        block: str = "tae",
         activation: str = "relu",
         attention: int = 0,
         up_kernel: int = 3,
@@ -102,9 +121,9 @@ class VariantDecoder(FastDecoder):
         def make(width: int) -> nn.Module:
             if block == "depthwise":
                 return DepthwiseBlock(width)
-            return ResidualBlock(width, convs) if activation == "relu" else ActivatedBlock(width, convs, activation)
+            return TAEBlock(width, convs) if block == "tae" else ActivatedBlock(width, convs, activation)
 
-        layers: list[nn.Module] = [nn.Conv2d(latent_channels or 4, stages[0][0], 3, padding=1)]
+        layers: list[nn.Module] = [nn.Conv2d(latent_channels or 4, stages[0][0], 3, padding=1), *([nn.ReLU()] if block == "tae" else [])]
         layers += [EfficientViTBlock(stages[0][0]) for _ in range(attention)]
         following = [*(width for width, _ in stages[1:]), 3]
         for i, ((width, count), factor) in enumerate(zip(stages, factors, strict=True)):
@@ -113,26 +132,33 @@ class VariantDecoder(FastDecoder):
         self._set_up(BlockNetwork(layers))
 
 
-def seconds_of_a_step(network: BlockNetwork, precision: str) -> float:
-    """Forward and backward of 8 crops of 128 px, the bulk of a step."""
-    network.train().to(memory_format=torch.channels_last)
+def seconds_of_a_step(networks: dict[str, BlockNetwork]) -> dict[str, float]:
+    """Forward and backward of 8 crops of 128 px, all in turn; in the number format that the trainer would choose for the first."""
+    from running import mixed_precision
+
+    half = mixed_precision(next(iter(networks.values())), 4) == "bf16"
     z = torch.randn(8, 4, 16, 16).contiguous(memory_format=torch.channels_last)
 
-    def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            y = network(z)
-        y.float().abs().mean().backward()
-        network.zero_grad(set_to_none=True)
+    def call(network: BlockNetwork) -> Callable[[], None]:
+        def step() -> None:
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                y = network(z)
+            y.float().abs().mean().backward()
+            network.zero_grad(set_to_none=True)
 
-    timing = measure({"step": step}, repeats=5)["step"]
-    assert not isinstance(timing, str), timing
-    return timing.median / 1e3
+        return step
+
+    tasks = {name: call(network.train().to(memory_format=torch.channels_last)) for name, network in networks.items()}
+    return {name: timing.median / 1e3 for name, timing in measure(tasks).items() if not isinstance(timing, str)}
 
 
 def time_decodes(networks: dict[str, BlockNetwork]) -> dict[str, dict[str, float]]:
-    """Median ms at 512 px in float32 and bfloat16, all in turn."""
+    """Median ms at 512 px in float32 and, where the processor has it, bfloat16, all in turn."""
+    from running import mixed_precision
+
     found: dict[str, dict[str, float]] = {name: {} for name in networks}
-    for dtype in (torch.float32, torch.bfloat16):
+    half = mixed_precision(next(iter(networks.values())), 4) == "bf16"  # emulated, a decode takes seconds
+    for dtype in (torch.float32, *([torch.bfloat16] if half else [])):
         z = torch.randn(1, 4, 64, 64).to(dtype).contiguous(memory_format=torch.channels_last)
 
         def call(network: BlockNetwork, z: Tensor = z) -> Callable[[], Tensor]:
@@ -144,39 +170,50 @@ def time_decodes(networks: dict[str, BlockNetwork]) -> dict[str, dict[str, float
     return found
 
 
+COLUMNS = {"psnr": 2, "ssim": 4, "stlpips": 4, "sharpness": 2, "mesh": 2, "flat_psnr": 1}  # and their digits
+
+
 def result(name: str) -> dict[str, float] | None:
     run = Path("training/runs") / f"search-{name}" / "export" / "run.json"
-    return json.loads(run.read_text())["val"] if run.exists() else None
+    if not run.exists():
+        return None
+    found = json.loads(run.read_text())
+    return {"steps": found["steps"], **found["val"]}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", default=[], help=f"of {', '.join(VARIANTS)}; by default all")
     parser.add_argument("--minutes", type=float, default=15)
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the widths to train at")
     parser.add_argument("--change", action="append", default=[], metavar="key=value", help="to the configuration, several times")
     arguments = parser.parse_args()
     if unknown := [name for name in arguments.names if name not in VARIANTS]:
         parser.error(f"there is no variant {unknown[0]}; there are {', '.join(VARIANTS)}")
     import train
-    from running import mixed_precision
 
+    keep_memory()  # as the trainer does
     names = arguments.names or list(VARIANTS)
-    for name in names:
-        if result(name) is None:
-            given = {"_class_name": "VariantDecoder", **{key: value for key, value in VARIANTS[name].items() if key != "train"}}
-            network: Any = VariantDecoder(**{key: value for key, value in given.items() if key != "_class_name"}).decoder
-            steps = round(arguments.minutes * 60 / seconds_of_a_step(network, mixed_precision(network, 4)))
+    if missing := [name for name in names if result(name) is None]:
+        networks: dict[str, Any] = {name: VariantDecoder(**arguments_of(name, arguments.scale)).decoder for name in missing}
+        for network in [networks[name] for name in missing if "branches=true" in VARIANTS[name].get("train", [])]:
+            branch(network)
+        seconds = seconds_of_a_step(networks)
+        for name in missing:
+            given = {"_class_name": "VariantDecoder", **arguments_of(name, arguments.scale)}
+            steps = round(arguments.minutes * 60 / seconds[name])
+            print(f"{name}: {steps} steps of {seconds[name]:.3f} s")
             changes = [f"decoder={json.dumps(given)}", f"out=training/runs/search-{name}", f"steps={steps}", f"val_every={steps}"]
             sys.argv = ["train.py", "--config", str(CONFIG), *changes, *VARIANTS[name].get("train", []), *arguments.change]
             train.main()
-    networks = {name: VariantDecoder(**{key: value for key, value in VARIANTS[name].items() if key != "train"}).decoder for name in names}
-    times = time_decodes(networks)
-    print("| variant | parameters, M | 512 px, ms: fp32 / bf16 | PSNR, dB | SSIM | ST-LPIPS | flat colours, dB |\n|---|---|---|---|---|---|---|")
+    times = time_decodes({name: VariantDecoder(**arguments_of(name)).decoder for name in names})
+    print("| variant | K MAC/px | 512 px, ms: fp32 (/ bf16) | steps | PSNR, dB | SSIM | ST-LPIPS | sharpness | mesh, 1/255 | flat colours, dB |")
+    print("|" + "---|" * 10)
     for name in names:
-        found = result(name) or {}
-        size = sum(parameter.numel() for parameter in networks[name].parameters()) / 1e6
-        cells = [f"{found[key]:.{digits}f}" for key, digits in (("psnr", 2), ("ssim", 4), ("stlpips", 4), ("flat_psnr", 1))]
-        print(f"| {name} | {size:.2f} | {times[name]['float32']:.0f} / {times[name]['bfloat16']:.0f} | {' | '.join(cells)} |")
+        sizes, found = Preset(name, "VariantDecoder", "sdxl", "MIT", arguments_of(name)), result(name) or {}
+        cells = [f"{found[key]:.{digits}f}" for key, digits in COLUMNS.items()]
+        milliseconds = " / ".join(f"{time:.0f}" for time in times[name].values())
+        print(f"| {name} | {sizes.mac_per_pixel / 1e3:.0f} | {milliseconds} | {found['steps']:.0f} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":
