@@ -198,8 +198,12 @@ def main() -> None:
             parts = {"network": network.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "ema": ema, **adversarial}
             save(out / "checkpoint.pt", {**parts, "step": step, "begun": begun, "precision": precision})
 
-    def decode_with(network: nn.Module) -> Decode:
-        return lambda z, frames: network(z.to(device), frames).cpu()
+    def decode_with(network: Any) -> Decode:
+        def decode(z: Tensor, frames: int) -> Tensor:  # frame by frame where they do not mix, in the memory of one
+            parts, frames = ([z], frames) if network.mixes_frames else (z.split(1), 1)
+            return torch.cat([network(part.to(device), frames).cpu() for part in parts])
+
+        return decode
 
     def validate() -> dict[str, float]:
         trained = {key: value.clone() for key, value in network.state_dict().items()}

@@ -26,7 +26,8 @@ def latents_of(encoder: FrozenEncoder, samples: list[Sample]) -> Iterator[tuple[
     for sample in samples:
         height, width = (n // 8 * 8 for n in sample.frames.shape[2:])
         x = sample.frames[..., :height, :width].float() / 127.5 - 1
-        yield x, encoder.encode(x), encoder.table_at(x)
+        # Frame by frame: at full resolution a clip's activations are gigabytes.
+        yield x, torch.cat([encoder.encode(frame) for frame in x.split(1)]), encoder.table_at(x)
 
 
 def measure_picture(y: Tensor, x: Tensor, stlpips: ShiftTolerantLPIPS) -> dict[str, float]:
