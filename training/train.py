@@ -31,7 +31,7 @@ from losses import PERCEPTUAL, PLAIN, WEIGHTED, ShiftTolerantLPIPS, perceptual, 
 from optimizers import build_optimizers
 from running import make_room, mixed_precision, save, sentences, stop_requested
 from teacher import Lesson
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 from validate import Decode, draw, measure
 
