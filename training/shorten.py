@@ -8,18 +8,19 @@ The folder that it writes is an `init:` of train.py. It keeps the source's licen
 """
 
 import argparse
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from card import origin
+from card import origin, place_of
 from config import read_config
 from data import Sources
 from grow import fit_last_layer, fold_upsampling
 from latents import Shards
 from running import sentences
-from torch import nn
+from torch import Tensor, nn
 
 from fast_latent_decoders import FastDecoder, SubpixelDecoder, TAEDecoder
 from fast_latent_decoders.evaluation.encoders import load_encoder
@@ -73,41 +74,62 @@ def shorten(source: TAEDecoder | SubpixelDecoder, blocks: Sequence[int], half: i
     return target
 
 
-def card(source: str) -> str:
+def card(source: str, how: str) -> str:
     """Whose the weights are, for the card of what is trained from them: the source's licence and credit."""
     found = origin(source)
     header = f"license: {found['licence']}" + (f"\nbase_model: {found['base_model']}" if "base_model" in found else "")
-    return f"---\n{header}\n---\n# {source}, shortened\n\n{found.get('credit', '')}\n"
+    return f"---\n{header}\n---\n# {source}, {how}\n\n{found.get('credit', '')}\n"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", help="preset or folder of a TAEDecoder or SubpixelDecoder")
+def drawn_latents(config: str, crops: int, source: FastDecoder) -> Tensor:
+    """Scaled latents (M, C, 16, 16) of a configuration's first crops of 128 px."""
+    c = read_config(config, [f"shard={crops}", "stages=[{crop: 128}]"])
+    encoder = load_encoder(c.encoder, c.stand_in, source)
+    shard = Shards(c, {"pictures": Sources(c.data, "pictures", c.seed)}, encoder, Accelerator(cpu=True)).get(0, "pictures", 0)
+    return shard.draw(c, torch.arange(len(shard.latents)), c.seed)[0]
+
+
+@torch.inference_mode()
+def fit_and_write(source: FastDecoder, target: FastDecoder, z: Tensor, out: Path, name: str, how: str) -> None:
+    """Fit the head to the source's own pictures, write the folder, and say how near to them it comes."""
+    taught = torch.cat([source.decoder(part) for part in z.split(8)])
+    fit_last_layer(target.decoder, z, taught)
+    error = torch.cat([target.decoder(part) for part in z.split(8)]) - taught
+    target.save_pretrained(out)
+    (out / "README.md").write_text(card(name, how))
+    if (record := place_of(name) / "run.json").exists():  # how the source was trained, for the run that goes on from here
+        shutil.copy(record, out)
+    print(f"{out}: {10 * (4 / error.square().mean()).log10():.2f} dB to the source's pictures of {len(z)} crops")
+
+
+def parse(description: str | None, add: Callable[[argparse.ArgumentParser], object]) -> argparse.Namespace:
+    """What shorten.py and thin.py are both told, and what `add` adds."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", help="preset or folder")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--blocks", type=int, nargs="+", default=(3, 3, 3), metavar="N", help="at 1/8, 1/4 and, if at all, 1/2 of the resolution")
-    parser.add_argument("--half", type=int, metavar="WIDTH", help="another width at 1/2; that stage begins at random")
+    add(parser)
     parser.add_argument("--config", required=True, help="YAML file of train.py: its crops and their latents")
     parser.add_argument("--crops", type=int, default=256, help="that the head is fitted to")
     arguments = parser.parse_args()
     if arguments.out.exists():
         parser.error(f"{arguments.out} exists: give another folder")
-    c = read_config(arguments.config, [f"shard={arguments.crops}", "stages=[{crop: 128}]"])
+    return arguments
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--blocks", type=int, nargs="+", default=(3, 3, 3), metavar="N", help="at 1/8, 1/4 and, if at all, 1/2 of the resolution")
+    parser.add_argument("--half", type=int, metavar="WIDTH", help="another width at 1/2; that stage begins at random")
+
+
+def main() -> None:
+    arguments = parse(__doc__, add_arguments)
     with sentences():
         source = FastDecoder.from_pretrained(arguments.source).float()
         if not isinstance(source, (TAEDecoder, SubpixelDecoder)):
             raise SystemExit(f"expected a TAEDecoder or SubpixelDecoder, got {type(source).__name__} in {arguments.source}")
         target = shorten(source, arguments.blocks, arguments.half)
-        encoder = load_encoder(c.encoder, c.stand_in, source)
-        shard = Shards(c, {"pictures": Sources(c.data, "pictures", c.seed)}, encoder, Accelerator(cpu=True)).get(0, "pictures", 0)
-    z, _, _ = shard.draw(c, torch.arange(len(shard.latents)), c.seed)
-    with torch.inference_mode():
-        taught = torch.cat([source.decoder(part) for part in z.split(8)])
-    fit_last_layer(target.decoder, z, taught)
-    with torch.inference_mode():
-        error = torch.cat([target.decoder(part) for part in z.split(8)]) - taught
-    target.save_pretrained(arguments.out)
-    (arguments.out / "README.md").write_text(card(arguments.source))
-    print(f"{arguments.out}: {10 * (4 / error.square().mean()).log10():.2f} dB to the source's pictures of {len(z)} crops")
+        z = drawn_latents(arguments.config, arguments.crops, source)
+    fit_and_write(source, target, z, arguments.out, arguments.source, "shortened")
 
 
 if __name__ == "__main__":

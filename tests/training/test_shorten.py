@@ -7,13 +7,11 @@ from types import ModuleType
 
 import pytest
 import torch
-from PIL import Image
-from skimage import data
 from torch import nn
 
 from fast_latent_decoders import FastDecoder, SubpixelDecoder, TAEDecoder
 
-from .tiny import module
+from .tiny import module, of_one_picture
 
 
 @pytest.fixture
@@ -105,14 +103,7 @@ def test_what_cannot_be_shortened_is_an_error(shorten: ModuleType) -> None:
 
 
 def test_the_command_writes_what_train_can_begin_with(shorten: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "pictures").mkdir()
-    Image.fromarray(data.astronaut()).save(tmp_path / "pictures" / "astronaut.png")
-    config = tmp_path / "run.yaml"
-    config.write_text(
-        f"decoder: {{_class_name: SubpixelDecoder}}\nout: {tmp_path / 'run'}\nworkers: 0\n"
-        f"data: [{{path: {tmp_path / 'pictures'}}}]\nval: [{{path: {tmp_path / 'pictures'}}}]\n"
-    )
-    call = ["shorten.py", "taesdxl", str(tmp_path / "short"), "--config", str(config), "--crops", "8"]
+    call = ["shorten.py", "taesdxl", str(tmp_path / "short"), "--config", of_one_picture(tmp_path), "--crops", "8"]
     monkeypatch.setattr(sys, "argv", call)
     shorten.main()
     assert float(capsys.readouterr().out.split(": ")[1].split(" dB")[0]) > 20

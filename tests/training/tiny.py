@@ -15,6 +15,7 @@ import torch
 import yaml
 from diffusers import AutoencoderKL
 from PIL import Image
+from skimage import data
 
 from fast_latent_decoders import SubpixelDecoder
 from fast_latent_decoders.evaluation.encoders import Encoder, FrozenEncoder, StandIn, load_encoder
@@ -42,6 +43,15 @@ def shard(path: Path, count: int = 6, size: int = 96) -> Path:
             buffer.seek(0)
             tar.addfile(info, buffer)
     return path
+
+
+def of_one_picture(folder: Path) -> str:
+    """A configuration of little more than one real picture, for the commands that only take its crops."""
+    (folder / "pictures").mkdir()
+    Image.fromarray(data.astronaut()).save(folder / "pictures" / "astronaut.png")
+    path, pictures = folder / "run.yaml", f"[{{path: {folder / 'pictures'}}}]"
+    path.write_text(f"decoder: {{_class_name: SubpixelDecoder}}\nout: {folder / 'run'}\nworkers: 0\ndata: {pictures}\nval: {pictures}\n")
+    return str(path)
 
 
 def frozen(stand_in: dict[str, Any] | None = None, path: str | None = None, **decoder: Any) -> FrozenEncoder:
