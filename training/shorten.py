@@ -95,21 +95,26 @@ def fit_and_write(source: FastDecoder, target: FastDecoder, z: Tensor, out: Path
     taught = torch.cat([source.decoder(part) for part in z.split(8)])
     fit_last_layer(target.decoder, z, taught)
     error = torch.cat([target.decoder(part) for part in z.split(8)]) - taught
-    target.save_pretrained(out)
-    (out / "README.md").write_text(card(name, how))
-    if (record := place_of(name) / "run.json").exists():  # how the source was trained, for the run that goes on from here
-        shutil.copy(record, out)
+    write_start(target, out, name, how)
     print(f"{out}: {10 * (4 / error.square().mean()).log10():.2f} dB to the source's pictures of {len(z)} crops")
 
 
+def write_start(model: FastDecoder, out: Path, source: str, how: str) -> None:
+    """A folder that a run can begin with: weights, whose they are, and how the source was trained."""
+    model.save_pretrained(out)
+    (out / "README.md").write_text(card(source, how))
+    if (record := place_of(source) / "run.json").exists():
+        shutil.copy(record, out)
+
+
 def parse(description: str | None, add: Callable[[argparse.ArgumentParser], object]) -> argparse.Namespace:
-    """What shorten.py and thin.py are both told, and what `add` adds."""
+    """What shorten.py, thin.py and wake.py are told alike, and what `add` adds."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="preset or folder")
     parser.add_argument("out", type=Path)
     add(parser)
     parser.add_argument("--config", required=True, help="YAML file of train.py: its crops and their latents")
-    parser.add_argument("--crops", type=int, default=256, help="that the head is fitted to")
+    parser.add_argument("--crops", type=int, default=256, help="that are looked at")
     arguments = parser.parse_args()
     if arguments.out.exists():
         parser.error(f"{arguments.out} exists: give another folder")

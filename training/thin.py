@@ -3,9 +3,9 @@
     python training/thin.py subpixel-sdxl training/runs/thin --widths 128 64 48 --config training/configs/laptop/subpixel-sdxl.yaml
 
 One channel after the other goes, always the one that is missed least: what the others say of it, by a linear fit on the configuration's
-crops, moves into the weights that read it (after Luo et al. 2017, ThiNet, arXiv:1707.06342). Channels within a block that are zero on every
-crop, which no gradient would wake, begin anew and are read by nothing yet. Last the head is fitted to the larger decoder's pictures.
-The folder that it writes is an `init:` of train.py, for the same or more blocks. It keeps the source's licence: say so in its card.
+crops, moves into the weights that read it (after Luo et al. 2017, ThiNet, arXiv:1707.06342). Sleeping channels begin anew (wake.py), and the
+head is fitted to the larger decoder's pictures. The folder that it writes is an `init:` of train.py, for the same or more blocks. It keeps
+the source's licence: say so in its card.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,29 +15,10 @@ import torch
 from running import sentences
 from shorten import drawn_latents, fit_and_write, parse
 from torch import Tensor, nn
+from wake import second_moments, wake
 
 from fast_latent_decoders import FastDecoder, SubpixelDecoder
 from fast_latent_decoders.networks.blocks import BlockNetwork, Residual, SubpixelUp
-
-
-@torch.inference_mode()
-def second_moments(network: nn.Module, z: Tensor, batch: int = 8) -> dict[nn.Conv2d, Tensor]:
-    """For each convolution the sums over all pixels of the products of its input's channels, (C, C) in float64."""
-    found: dict[nn.Conv2d, Tensor] = {}
-
-    def add(conv: nn.Module, inputs: tuple[Tensor, ...], _: Tensor) -> None:
-        x = inputs[0].transpose(0, 1).flatten(1)
-        assert isinstance(conv, nn.Conv2d)
-        found[conv] = found.get(conv, 0) + (x @ x.T).double()
-
-    handles = [layer.register_forward_hook(add) for layer in network.modules() if isinstance(layer, nn.Conv2d)]
-    try:
-        for part in z.split(batch):
-            network(part)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
 
 
 def eliminate(readers: Sequence[tuple[Tensor, Tensor]], width: int) -> tuple[list[int], list[Tensor]]:
@@ -91,7 +72,7 @@ def groups(network: BlockNetwork, widths: Sequence[int]) -> Iterator[Group]:
 
 @torch.no_grad()
 def thin(source: SubpixelDecoder, widths: Sequence[int], z: Tensor) -> SubpixelDecoder:
-    """`source` at other widths, none above its own; at its own widths only channels change that are zero everywhere.
+    """`source` at other widths, none above its own.
 
     Args:
         z: scaled latents (M, C, h, w) that say which channels matter.
@@ -107,20 +88,15 @@ def thin(source: SubpixelDecoder, widths: Sequence[int], z: Tensor) -> SubpixelD
     moments = second_moments(source.decoder, z)
     rows = {conv: torch.arange(len(conv.weight)) for conv in old}
     weights = {conv: conv.weight.double() for conv in old}
-    fresh = {conv: torch.zeros(len(conv.weight), dtype=torch.bool) for conv in old}
     for readers, writers, width in groups(source.decoder, widths):
         kept, columns = eliminate([(moments[conv], conv.weight) for conv in readers], width)
-        asleep = torch.stack([moments[conv].diagonal()[kept] == 0 for conv in readers]).all(0)
-        for conv, weight in zip(readers, columns, strict=True):
-            weights[conv] = weight.masked_fill(asleep[:, None, None], 0)
+        weights.update(zip(readers, columns, strict=True))
         for conv, phases in writers:
             rows[conv] = (phases * torch.tensor(kept)[:, None] + torch.arange(phases)).flatten()
-            fresh[conv] = asleep.repeat_interleave(phases)
     for conv, mine in zip(old, new, strict=True):
-        stay = ~fresh[conv]
-        mine.weight[stay] = weights[conv][rows[conv]][stay].float()
+        mine.weight.copy_(weights[conv][rows[conv]])
         if conv.bias is not None and mine.bias is not None:
-            mine.bias[stay] = conv.bias[rows[conv]][stay]
+            mine.bias.copy_(conv.bias[rows[conv]])
     return target
 
 
@@ -132,6 +108,7 @@ def main() -> None:
             raise SystemExit(f"expected a SubpixelDecoder, got {type(source).__name__} in {arguments.source}")
         z = drawn_latents(arguments.config, arguments.crops, source)
         target = thin(source, arguments.widths, z)
+    wake(target.decoder, z)
     fit_and_write(source, target, z, arguments.out, arguments.source, "with fewer channels")
 
 
