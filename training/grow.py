@@ -38,7 +38,7 @@ def grow(source: FastDecoder, target: FastDecoder, generator: torch.Generator | 
     are no copies of old ones: they read through fresh weights, and nothing old reads them yet (zeros). That is exact, where
     copies stay copies under training unless noise, which is not exact, parts them; and it needs no bookkeeping along the
     residual trunk. The zeros have a gradient from the first step on, the fresh weights from the second.
-    New blocks stand behind their stage's old ones and start as the identity.
+    New blocks stand behind their stage's old ones and start as the identity, with the features of the block before if they can have them.
 
     Args:
         generator: draws the fresh weights; None: torch's own.
@@ -62,14 +62,16 @@ def grow(source: FastDecoder, target: FastDecoder, generator: torch.Generator | 
     for i, layer in enumerate(network.layers):
         if old and type(layer) in (type(old[0]), MEMORY.get(type(old[0]))):
             _embed(old.pop(0), layer, i)
-        elif isinstance(layer, TAEBlock):
-            if not isinstance(before, (nn.ReLU, TAEBlock)):
+        elif isinstance(layer, (TAEBlock, ResidualBlock)):
+            if isinstance(layer, TAEBlock) and not isinstance(before, (nn.ReLU, TAEBlock)):
                 raise ValueError(
                     f"a new TAE block at layer {i} cannot start as the identity, as its ReLU would cut negative values; expected "
                     "the source's mid_block, and no block in stages of the target that have none in the source"
                 )
+            if type(before) is type(layer):  # features that are worth reading: of fresh ones three in four fell asleep (RESULTS.md)
+                layer.load_state_dict(before.state_dict())
             zero_init(layer.conv[-1])
-        elif not isinstance(layer, (ResidualBlock, EfficientViTBlock, TemporalMidBlock)):  # new ones are the identity
+        elif not isinstance(layer, (EfficientViTBlock, TemporalMidBlock)):  # new ones are the identity
             raise ValueError(
                 f"expected the source's layers and perhaps more blocks in the target, got {type(layer).__name__} at layer {i} "
                 f"where the source has {type(old[0]).__name__ if old else 'no more layers'}; give the target at least as many "

@@ -55,6 +55,7 @@ def wake(network: BlockNetwork, z: Tensor, tries: int = 8) -> int:
                 for writer, reader in pairwise([part for part in block.conv if isinstance(part, nn.Conv2d)]):
                     asleep = moments[reader].diagonal() == 0
                     new = nn.Conv2d(writer.in_channels, writer.out_channels, 3, padding=1)
+                    nn.init.kaiming_normal_(new.weight, nonlinearity="relu")  # as large as trained ones
                     for mine, fresh in zip(writer.parameters(), new.parameters(), strict=True):
                         mine[asleep] = fresh[asleep]
                     reader.weight[:, asleep] = 0

@@ -171,6 +171,7 @@ def test_new_blocks_learn(grow: ModuleType) -> None:
         source, target = made(family), made(family, **changes)
         grow.grow(source, target)
         start = {name: parameter.detach().clone() for name, parameter in target.decoder.layers[added].named_parameters()}
+        assert torch.equal(start["conv.0.weight"], target.decoder.layers[added - 1].conv[0].weight)  # features worth reading
         steps(target.decoder, 3)
         moved = target.decoder.layers[added].named_parameters()
         assert all(not torch.equal(parameter, start[name]) for name, parameter in moved)
