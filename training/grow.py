@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fast_latent_decoders import FastDecoder, SubpixelDecoder, SubpixelTemporalDecoder, TAEDecoder, TAETemporalDecoder
-from fast_latent_decoders.networks.blocks import BlockNetwork, ResidualBlock, SubpixelUp, zero_init
+from fast_latent_decoders.networks.blocks import BlockNetwork, Residual, ResidualBlock, SubpixelUp, zero_init
 from fast_latent_decoders.networks.efficientvit import EfficientViTBlock
 from fast_latent_decoders.networks.streaming import MEMORY, Memory
 from fast_latent_decoders.networks.tae import TAEBlock
@@ -82,11 +82,17 @@ def grow(source: FastDecoder, target: FastDecoder, generator: torch.Generator | 
 
 
 def _fresh(target: FastDecoder, generator: torch.Generator | None) -> BlockNetwork:
-    """A new network of the target's configuration, as its constructor draws it, and float32 for exactness."""
+    """A new network of the target's configuration in float32, for exactness; drawn anew, its features as large as trained ones."""
     with torch.random.fork_rng(devices=[], enabled=generator is not None):
         if generator is not None:
             torch.default_generator.manual_seed(int(torch.randint(2**62, (), generator=generator, device=generator.device)))
-        return type(target).from_config(target.config).decoder.float()
+        network = type(target).from_config(target.config).decoder.float()
+        for block in network.modules():
+            if isinstance(block, Residual):
+                for conv in block.conv[:-1]:
+                    if isinstance(conv, nn.Conv2d):  # torch's own draw more than halves them at each step, and what is small falls asleep (RESULTS.md)
+                        nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+        return network
 
 
 @torch.no_grad()
