@@ -2,8 +2,8 @@
 
     python training/wake.py subpixel-sd training/runs/awake --config training/configs/laptop/subpixel-sd.yaml
 
-A channel that its ReLU makes zero on every crop has no gradient, and stays so for ever: up to a third of those within blocks that a
-network was grown by, at a high rate. It gets the weights of a new convolution, and those that read it become zero: the function stays
+A channel that its ReLU makes zero on every crop has no gradient, and stays so for ever: many of those that a network was
+grown by, at a high rate (RESULTS.md). It gets the weights of a new convolution, and those that read it become zero: the function stays
 (but where another picture would have woken it), and training can use the channel again. The folder that it writes is an `init:` of train.py.
 """
 
