@@ -9,7 +9,7 @@ The folder that it writes is an `init:` of train.py. It keeps the source's licen
 
 import argparse
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -107,27 +107,29 @@ def write_start(model: FastDecoder, out: Path, source: str, how: str) -> None:
         shutil.copy(record, out)
 
 
-def parse(description: str | None, add: Callable[[argparse.ArgumentParser], object]) -> argparse.Namespace:
-    """What shorten.py, thin.py and wake.py are told alike, and what `add` adds."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", help="preset or folder")
-    parser.add_argument("out", type=Path)
-    add(parser)
-    parser.add_argument("--config", required=True, help="YAML file of train.py: its crops and their latents")
-    parser.add_argument("--crops", type=int, default=256, help="that are looked at")
-    arguments = parser.parse_args()
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """What shorten.py, thin.py and wake.py are told alike."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("source", help="preset or folder")
+    made.add_argument("out", type=Path)
+    made.add_argument("--config", required=True, help="YAML file of train.py: its crops and their latents")
+    made.add_argument("--crops", type=int, default=256, help="that are looked at")
+    return made
+
+
+def parse(told: argparse.ArgumentParser) -> argparse.Namespace:
+    """The arguments; an `out` that exists is an error."""
+    arguments = told.parse_args()
     if arguments.out.exists():
-        parser.error(f"{arguments.out} exists: give another folder")
+        told.error(f"{arguments.out} exists: give another folder")
     return arguments
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--blocks", type=int, nargs="+", default=(3, 3, 3), metavar="N", help="at 1/8, 1/4 and, if at all, 1/2 of the resolution")
-    parser.add_argument("--half", type=int, metavar="WIDTH", help="another width at 1/2; that stage begins at random")
-
-
 def main() -> None:
-    arguments = parse(__doc__, add_arguments)
+    told = parser(__doc__)
+    told.add_argument("--blocks", type=int, nargs="+", default=(3, 3, 3), metavar="N", help="at 1/8, 1/4 and, if at all, 1/2 of the resolution")
+    told.add_argument("--half", type=int, metavar="WIDTH", help="another width at 1/2; that stage begins at random")
+    arguments = parse(told)
     with sentences():
         source = FastDecoder.from_pretrained(arguments.source).float()
         if not isinstance(source, (TAEDecoder, SubpixelDecoder)):

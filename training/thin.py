@@ -13,9 +13,9 @@ from itertools import pairwise
 
 import torch
 from running import sentences
-from shorten import drawn_latents, fit_and_write, parse
+from shorten import drawn_latents, fit_and_write, parse, parser
 from torch import Tensor, nn
-from wake import second_moments, wake
+from wake import convolutions_of, second_moments, wake
 
 from fast_latent_decoders import FastDecoder, SubpixelDecoder
 from fast_latent_decoders.networks.blocks import BlockNetwork, Residual, SubpixelUp
@@ -56,7 +56,7 @@ def groups(network: BlockNetwork, widths: Sequence[int]) -> Iterator[Group]:
     left = list(widths)
     for layer in network.layers:
         if isinstance(layer, Residual):
-            convs = [part for part in layer.conv if isinstance(part, nn.Conv2d)]
+            convs = convolutions_of(layer)
             for a, b in pairwise(convs):
                 yield [b], [(a, 1)], left[0]
             readers.append(convs[0])
@@ -101,7 +101,9 @@ def thin(source: SubpixelDecoder, widths: Sequence[int], z: Tensor) -> SubpixelD
 
 
 def main() -> None:
-    arguments = parse(__doc__, lambda parser: parser.add_argument("--widths", type=int, nargs="+", required=True, metavar="WIDTH"))
+    told = parser(__doc__)
+    told.add_argument("--widths", type=int, nargs="+", required=True, metavar="WIDTH")
+    arguments = parse(told)
     with sentences():
         source = FastDecoder.from_pretrained(arguments.source).float()
         if not isinstance(source, SubpixelDecoder):

@@ -11,11 +11,16 @@ from itertools import pairwise
 
 import torch
 from running import sentences
-from shorten import drawn_latents, parse, write_start
+from shorten import drawn_latents, parse, parser, write_start
 from torch import Tensor, nn
 
 from fast_latent_decoders import FastDecoder
 from fast_latent_decoders.networks.blocks import BlockNetwork, Residual
+
+
+def convolutions_of(block: Residual) -> list[nn.Conv2d]:
+    """From first to last; between any two, channels that only they see."""
+    return [part for part in block.conv if isinstance(part, nn.Conv2d)]
 
 
 @torch.inference_mode()
@@ -47,27 +52,24 @@ def wake(network: BlockNetwork, z: Tensor, tries: int = 8) -> int:
 
     Where the new weights are zero for them as well, others are drawn.
     """
-    first = 0
-    for n in range(tries):
-        moments, count = second_moments(network, z), 0
-        for block in network.modules():
-            if isinstance(block, Residual):
-                for writer, reader in pairwise([part for part in block.conv if isinstance(part, nn.Conv2d)]):
-                    asleep = moments[reader].diagonal() == 0
-                    new = nn.Conv2d(writer.in_channels, writer.out_channels, 3, padding=1)
-                    nn.init.kaiming_normal_(new.weight, nonlinearity="relu")  # as large as trained ones
-                    for mine, fresh in zip(writer.parameters(), new.parameters(), strict=True):
-                        mine[asleep] = fresh[asleep]
-                    reader.weight[:, asleep] = 0
-                    count += int(asleep.sum())
-        first = first if n else count
-        if not count:
-            break
-    return first
+    pairs = [pair for block in network.modules() if isinstance(block, Residual) for pair in pairwise(convolutions_of(block))]
+    counts: list[int] = []
+    while len(counts) < tries and 0 not in counts:
+        moments = second_moments(network, z)
+        counts.append(0)
+        for writer, reader in pairs:
+            asleep = moments[reader].diagonal() == 0
+            new = nn.Conv2d(writer.in_channels, writer.out_channels, 3, padding=1)
+            nn.init.kaiming_normal_(new.weight, nonlinearity="relu")  # as large as trained ones
+            for mine, fresh in zip(writer.parameters(), new.parameters(), strict=True):
+                mine[asleep] = fresh[asleep]
+            reader.weight[:, asleep] = 0
+            counts[-1] += int(asleep.sum())
+    return counts[0]
 
 
 def main() -> None:
-    arguments = parse(__doc__, lambda parser: None)
+    arguments = parse(parser(__doc__))
     with sentences():
         model = FastDecoder.from_pretrained(arguments.source).float()
         z = drawn_latents(arguments.config, arguments.crops, model)
