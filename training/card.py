@@ -56,7 +56,7 @@ def place_of(init: str) -> Path:
 def origin(init: str) -> dict[str, str]:
     """Whose the initial weights are, by their own card: `licence` (of the Hub's list), `credit`, and `base_model` if they have a Hub id.
 
-    `licence` is "unknown" where no card tells; `title` is the card's.
+    `licence` is "unknown" where no card tells.
     """
     place = place_of(init)
     path = place / "README.md"
@@ -65,8 +65,6 @@ def origin(init: str) -> dict[str, str]:
     found = {"licence": str(header.get("license", "unknown"))}
     if credit := re.search(r"Weights by .*?(?=\n\n|\Z)", text, flags=re.DOTALL):  # as in the cards of hub_cards and in ours
         found["credit"] = " ".join(credit[0].split())
-    if title := re.search(r"^# (.+)$", text, flags=re.MULTILINE):
-        found["title"] = title[1].strip("`")
     if HUB_ORG and init in PRESETS:
         found["base_model"] = f"{HUB_ORG}/{init}"
     elif not place.exists() and re.fullmatch(r"\w[\w.-]*/[\w.-]+", init):
@@ -232,11 +230,17 @@ def make_card(c: "Config", model: FastDecoder, summary: dict[str, Any], machine:
 
 
 def tell_before(run: dict[str, Any] | None) -> list[str]:
-    """How long the initial weights had been trained, run before run."""
-    if run is None:
+    """How long the initial weights had been trained, in all runs before this one."""
+    runs = []
+    while run is not None:
+        runs.append(run)
+        run = run.get("before")
+    if not runs:
         return []
-    told = f"Before it the initial weights had {run.get('steps', 0):,} steps in {run.get('hours', 0):g} hours, whose record is `before` in `run.json`."
-    return [told, *tell_before(run.get("before"))]
+    count = f"{len(runs)} runs of " if len(runs) > 1 else ""
+    steps = ", then ".join(f"{earlier.get('steps', 0):,}" for earlier in reversed(runs))
+    hours = sum(earlier.get("hours", 0) for earlier in runs)
+    return [f"Before it the initial weights had {count}{steps} steps, in {hours:.3g} hours; their record is `before` in `run.json`."]
 
 
 def tell_licence(init: str | None, first: dict[str, str], licence: str) -> str:
@@ -245,4 +249,4 @@ def tell_licence(init: str | None, first: dict[str, str], licence: str) -> str:
     name = {"mit": "MIT", "apache-2.0": "Apache-2.0"}.get(licence, licence)
     if licence == "unknown":
         return f"Unknown: the initial weights are those of `{shown(init)}`, and no card tells their licence."
-    return f"{name}, the licence of the initial weights, which are those of `{first.get('title', shown(init))}`. {first.get('credit', '')}".rstrip()
+    return f"{name}, the licence of the initial weights, which come from `{first.get('base_model', shown(init))}`. {first.get('credit', '')}".rstrip()

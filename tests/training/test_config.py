@@ -69,6 +69,16 @@ def test_every_config_of_the_repository_is_valid() -> None:
         FastDecoder.families[c.decoder["_class_name"]].from_config(c.decoder)
 
 
+@pytest.mark.parametrize("preset", ["subpixel-sdxl", "subpixel-small-sdxl", "subpixel-sd", "subpixel-temporal-svd"])
+def test_a_config_can_go_on_from_the_preset_of_its_name(preset: str) -> None:
+    """README: `--config training/configs/subpixel-sdxl.yaml init=subpixel-sdxl`."""
+    paths = list((ROOT / "training/configs").rglob(f"{preset}.yaml"))
+    assert paths
+    for path in paths:
+        c = module("config").read_config(str(path), [])
+        module("grow").grow(FastDecoder.from_pretrained(preset), module("config").build_decoder(c))
+
+
 def test_a_config_lies_over_its_base(tmp_path: Path) -> None:
     base = config(tmp_path, "base")
     (tmp_path / "mine.yaml").write_text("base: base.yaml\nlosses: {mse: 1}\ngan: {weight: 0}\n")

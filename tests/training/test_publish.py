@@ -111,9 +111,11 @@ def test_the_licence_is_that_of_the_initial_weights(tmp_path: Path) -> None:
     for place in (first, second):
         card = ModelCard((place / "README.md").read_text())
         assert (card.data.license, card.data.base_model) == ("mit", "madebyollin/taesdxl")
-        assert "MIT, the licence of the initial weights" in card.text
+        assert "MIT, the licence of the initial weights, which come from `madebyollin/taesdxl`." in card.text
         assert card.text.count("Weights by Ollin Boer Bohan") == 1
-    assert "Before it the initial weights had 16,000 steps in 3.9 hours" in (second / "README.md").read_text()
+    assert "Before it the initial weights had 16,000 steps, in 3.9 hours;" in (second / "README.md").read_text()
+    third = (export(tmp_path / "d", init=str(second)) / "README.md").read_text()
+    assert "Before it the initial weights had 2 runs of 16,000, then 16,000 steps, in 7.8 hours;" in third
     assert json.loads((second / "run.json").read_text())["before"]["steps"] == 16_000
     assert "before" not in json.loads((first / "run.json").read_text()), "the baseline's weights come without a record"
     gone = (export(tmp_path / "c", init="nowhere-to-be-found") / "README.md").read_text()
