@@ -1,6 +1,5 @@
 """Channels that no gradient reaches begin anew."""
 
-import importlib
 import sys
 from pathlib import Path
 from types import ModuleType
