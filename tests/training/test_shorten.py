@@ -110,7 +110,7 @@ def test_the_command_writes_what_train_can_begin_with(shorten: ModuleType, tmp_p
     short = FastDecoder.from_pretrained(tmp_path / "short")
     assert isinstance(short, SubpixelDecoder) and short.config.block == "tae"
     first = importlib.import_module("card").origin(str(tmp_path / "short"))
-    assert first["licence"] == "mit" and "# taesdxl, shortened" in (tmp_path / "short/README.md").read_text()
+    assert first["licence"] == "mit" and "# taesdxl, shortened\n" in (tmp_path / "short/README.md").read_text()
     assert "Ollin Boer Bohan" in first["credit"]
     with pytest.raises(SystemExit):
         shorten.main()  # never writes over a folder

@@ -71,7 +71,7 @@ def test_the_command_writes_what_train_can_begin_with(thin: ModuleType, tmp_path
     assert float(capsys.readouterr().out.split(": ")[1].split(" dB")[0]) > 20
     assert FastDecoder.from_pretrained(tmp_path / "thin").config.widths == [88, 64]
     first = importlib.import_module("card").origin(str(tmp_path / "thin"))
-    assert "with fewer channels" in (tmp_path / "thin/README.md").read_text() and "Ollin Boer Bohan" in first["credit"]
+    assert "# subpixel-small-sdxl, with fewer channels\n" in (tmp_path / "thin/README.md").read_text() and "Ollin Boer Bohan" in first["credit"]
     assert json.loads((tmp_path / "thin" / "run.json").read_text())["steps"] > 1000  # of what it was
     monkeypatch.setattr(sys, "argv", ["thin.py", "taesdxl", str(tmp_path / "other"), *call[3:]])
     with pytest.raises(SystemExit, match="expected a SubpixelDecoder, got TAEDecoder"):

@@ -49,5 +49,5 @@ def test_the_command_writes_what_train_can_begin_with(wake: ModuleType, tmp_path
     assert " channels begun anew, zero on 8 crops" in capsys.readouterr().out
     made = FastDecoder.from_pretrained(tmp_path / "awake")
     assert isinstance(made, SubpixelTemporalDecoder)
-    assert "with sleeping channels begun anew" in (tmp_path / "awake/README.md").read_text()
+    assert "# subpixel-temporal-svd, with sleeping channels begun anew\n" in (tmp_path / "awake/README.md").read_text()
     assert (tmp_path / "awake" / "run.json").exists()
