@@ -50,6 +50,7 @@ PRESETS = {
     for preset in (
         Preset("subpixel-sdxl", "SubpixelDecoder", "sdxl", "MIT", {"widths": (128, 64, 48), "blocks": (4, 3, 2), "convs": 3, "block": "tae"}),
         Preset("subpixel-small-sdxl", "SubpixelDecoder", "sdxl", "MIT", {"widths": (96, 64), "blocks": (3, 3), "convs": 3, "block": "tae"}),
+        Preset("tae-192-sdxl", "TAEDecoder", "sdxl", "MIT", {"width": 192}),
         Preset("subpixel-sd", "SubpixelDecoder", "sd", "MIT", {"widths": (128, 64, 64), "blocks": (4, 3, 1), "convs": 3, "block": "tae"}),
         Preset(
             "subpixel-temporal-svd",

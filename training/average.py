@@ -21,10 +21,12 @@ from grow import grow
 from losses import ShiftTolerantLPIPS
 from publish import RefusedError, find_export
 from pydantic import TypeAdapter
-from running import sentences
+from running import mixed_precision, sentences
+from torch import Tensor, nn
 from validate import measure
 
 from fast_latent_decoders import FastDecoder
+from fast_latent_decoders.engines import keep_memory
 from fast_latent_decoders.evaluation.encoders import load_encoder
 
 
@@ -63,9 +65,16 @@ def main() -> None:
         first, last = build_decoder(c), FastDecoder.from_pretrained(export).float()
         grow(FastDecoder.from_pretrained(c.init).float(), first, torch.Generator().manual_seed(c.seed))  # as train.py began
         encoder, samples, stlpips = load_encoder(c.encoder, c.stand_in, last), pick(c.val, c.val_count), ShiftTolerantLPIPS()
+    keep_memory()
+    half = mixed_precision(last.decoder, last.config.latent_channels) == "bf16"
     for share in sorted({*arguments.share, *([] if arguments.keep is None else [arguments.keep])}):
-        model = average(first, last, share)
-        found = measure(model.decoder, encoder, samples, share=0.5, stlpips=stlpips)
+        model = average(first, last, share).to(memory_format=torch.channels_last)
+
+        def decode(z: Tensor, frames: int, network: nn.Module = model.decoder) -> Tensor:  # in the trainer's format: its figures are beside these
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                return network(z.contiguous(memory_format=torch.channels_last), frames).float()
+
+        found = measure(decode, encoder, samples, share=0.5, stlpips=stlpips)
         print(share, found, flush=True)
         if share == arguments.keep:
             summary = {**run, "val": found, "val_of_run": run["val"], "average": share}
