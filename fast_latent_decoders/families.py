@@ -133,7 +133,7 @@ class TAETemporalDecoder(FastDecoder):
     all frames. Attention sees the whole frame, so tiles are blended, not exact. The first decode of a clip says so once.
 
     Args:
-        width: channels of every stage, a multiple of 32.
+        width: channels of every stage, or four numbers, as for `TAEDecoder`; the mid block's is a multiple of 32.
         blocks: residual blocks at 1/8, 1/4, 1/2 and full resolution.
         upsampling: "nearest" or "bilinear".
         mid_block: "upsampled" (after the first upsampling) or "latent" (at latent resolution, a sixteenth of the attention).
@@ -147,7 +147,7 @@ class TAETemporalDecoder(FastDecoder):
     @register_to_config
     def __init__(
         self,
-        width: int = 192,
+        width: int | Sequence[int] = 192,
         blocks: Sequence[int] = (3, 3, 3, 1),
         upsampling: str = "nearest",
         mid_block: str = "upsampled",

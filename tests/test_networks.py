@@ -260,6 +260,9 @@ def test_temporal_refuses():
         build("temporal")(torch.randn(8, 4, 2, 2), num_frames=5)
     with pytest.raises(ValueError, match=r"32, 64, 96.* got 48"):
         TAETemporalNetwork(4, 48)
+    with pytest.raises(ValueError, match=r"mid block.* got 16"):
+        TAETemporalNetwork(4, (32, 16, 32, 32))
+    TAETemporalNetwork(4, (32, 16, 8, 8), mid_block="latent")
     with pytest.raises(ValueError, match="upsampled, latent; got 'middle'"):
         TAETemporalNetwork(4, 32, mid_block="middle")
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .blocks import zero_init
-from .tae import TAENetwork
+from .tae import TAENetwork, stage_widths
 
 MID_BLOCKS = ("upsampled", "latent")
 
@@ -23,26 +23,29 @@ class TAETemporalNetwork(TAENetwork):
     (1/4 of the picture's resolution), or "latent", in front of it, with a sixteenth of the attention's work (FACTS 4.5).
     A new mid block is the identity, so the network starts as exactly its frame-wise TAE. It is not exact under tiling, nor
     when a clip is decoded in chunks: statistics and attention see the whole picture, and the statistics the whole clip.
-    Raises ValueError for a width that 32 normalisation groups do not divide, an unknown `mid_block`, and as `TAENetwork`.
+    Four widths, as for `TAENetwork`, are no published shape.
+    Raises ValueError for a width of the mid block that 32 normalisation groups do not divide, an unknown `mid_block`, and as `TAENetwork`.
     """
 
     def __init__(
         self,
         latent_channels: int,
-        width: int = 192,
+        width: int | Sequence[int] = 192,
         blocks: Sequence[int] = (3, 3, 3, 1),
         upsampling: str = "nearest",
         mid_block: str = "upsampled",
     ) -> None:
-        if width < 32 or width % 32:
-            legal = ", ".join(map(str, range(32, 257, 32)))
-            raise ValueError(f"expected a width that 32 normalisation groups divide ({legal}, ...); got {width}")
         if mid_block not in MID_BLOCKS:
             raise ValueError(f"expected mid_block to be one of {', '.join(MID_BLOCKS)}; got {mid_block!r}")
         super().__init__(latent_channels, width, blocks, upsampling)
+        upsampled = mid_block == "upsampled"
+        mid_width = stage_widths(width)[upsampled]
+        if mid_width % 32:
+            legal = ", ".join(map(str, range(32, 257, 32)))
+            raise ValueError(f"expected a width of the mid block that 32 normalisation groups divide ({legal}, ...); got {mid_width}")
         # Behind conv, relu and the first stage; "upsampled" also behind the upsampling and its convolution.
-        self.mid_position = 2 + blocks[0] + (2 if mid_block == "upsampled" else 0)
-        self.layers.insert(self.mid_position, TemporalMidBlock(width))
+        self.mid_position = 2 + blocks[0] + (2 if upsampled else 0)
+        self.layers.insert(self.mid_position, TemporalMidBlock(mid_width))
 
 
 def load_framewise(network: TAETemporalNetwork, state_dict: Mapping[str, Tensor]) -> None:

@@ -145,6 +145,16 @@ def test_temporal_grows_from_frames(grow: ModuleType, mid_block: str) -> None:
         assert (source.decoder(z) - target.decoder(z, 2)).abs().max() < 1e-5
 
 
+def test_a_temporal_tae_widens_behind_its_mid_block(grow: ModuleType) -> None:
+    """The way of tae-temporal-svd on a small machine: the mid block learns where the rest is cheap."""
+    source, target = made("temporal", width=(32, 32, 8, 8)), made("temporal", width=32)
+    steps(source.decoder, 2)
+    grow.grow(source, target)
+    z = latents()
+    assert (source.decoder(z, 2) - source.decoder(z)).abs().max() > 1e-6
+    assert error(source.decoder, target.decoder, z, 2) < 1e-5
+
+
 @pytest.mark.parametrize(
     ("family", "changes"),
     [("tae", {"width": 20}), ("subpixel", {"widths": (24, 16, 12)}), ("efficientvit", {"widths": (64, 32, 16)})],
