@@ -47,7 +47,7 @@ NAMES = {
     "subpixel-sd": Wanted("SubpixelDecoder", "sd"),
     "subpixel-temporal-svd": Wanted("SubpixelTemporalDecoder", "sd"),
     "tae-192-svd": Wanted("TAEDecoder", "sd", {"width": 192}),
-    "tae-temporal-svd": Wanted("TAETemporalDecoder", "sd"),
+    "tae-temporal-svd": Wanted("TAETemporalDecoder", "sd", {"width": 192}),
     "efficientvit-svd": Wanted("EfficientViTDecoder", "sd"),
 }
 
