@@ -142,7 +142,8 @@ def tell_losses(c: "Config") -> list[str]:
     if c.gan.weight:
         length = "each picture's gradient to one length" if c.gan.normalised else "adaptive" if c.gan.adaptive else "literal"
         rows.append(f"| `gan` | {c.gan.weight:g} | {c.gan.kind} discriminator from step {c.gan.start:,}, {length} |")
-    pictures = "pictures, without their means over 8x8 px," if c.teacher.structure else "pictures"
+    side = c.teacher.means
+    pictures = f"pictures, without their means over {side}x{side} px," if c.teacher.structure else "pictures"
     for name, weight, what in (("output", c.teacher.output, pictures), ("features", c.teacher.features, "attention maps")):
         if c.teacher.path and weight:
             rows.append(

@@ -57,7 +57,8 @@ class Teacher:
     output: float = 0.0  # weight of the L1 distance to its pictures
     features: float = 0.0  # weight of the distance to its attention maps at 1/8, 1/4 and 1/2
     latents: list[Literal["real", "noisy", "mixed", "recoloured", "widened"]] = field(default_factory=lambda: ["real"])  # one kind a step, in turn
-    structure: bool = False  # leave the means over 8x8 px out of the output term: a teacher's colours may be wrong
+    structure: bool = False  # leave the means over squares out of the output term: a teacher's colours may be wrong
+    means: int = 8  # px: side of those squares
     share: float = 0.25  # of a batch, on average: whole pictures or clips
 
 
@@ -122,6 +123,8 @@ class Config:
             raise ValueError(f"stages must begin at start 0 and follow each other, got {starts}")
         if bad := [stage.crop for stage in self.stages if stage.crop % 8 or stage.crop < 16]:
             raise ValueError(f"crops must be multiples of 8 px, at least 16; got {bad}")
+        if self.teacher.structure and (bad := [stage.crop for stage in self.stages if stage.crop % self.teacher.means]):
+            raise ValueError(f"crops must be multiples of teacher.means, {self.teacher.means} px; got {bad}")
         if latents := [source.path for source in (*self.data, *self.val) if source.kind.startswith("latent")]:
             raise ValueError(f"{latents[0]} is of latents: a decoder is trained and measured on pictures or clips")
         if self.gan.normalised and self.gan.adaptive:

@@ -136,7 +136,7 @@ class Lesson:
             taught = self.network(z).float()
         difference = decoded - taught
         if self.c.structure:
-            difference = difference - F.interpolate(F.avg_pool2d(difference, 8), scale_factor=8)
+            difference = difference - F.interpolate(F.avg_pool2d(difference, self.c.means), scale_factor=self.c.means)
         terms = {"teacher": difference.abs().mean()} if self.c.output else {}
         if self.maps:
             theirs = self.maps[1].take(z.shape[-1])

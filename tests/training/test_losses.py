@@ -174,6 +174,10 @@ def test_a_teacher_of_structure_is_not_followed_in_colour() -> None:
     tinted = student.decoder(z) + 0.3
     assert lesson(student, share=1).terms(tinted, z, 1, tinted, z, seed=0)["teacher"].item() == pytest.approx(0.3, rel=1e-3)
     assert lesson(student, share=1, structure=True).terms(tinted, z, 1, tinted, z, seed=0)["teacher"].item() == pytest.approx(0, abs=1e-5)
+    striped = student.decoder(z) + torch.tensor([-0.3, 0.3]).repeat_interleave(8).repeat(4)
+    for means, term in ((8, 0), (32, 0.3)):
+        found = lesson(student, share=1, structure=True, means=means)
+        assert found.terms(striped, z, 1, striped, z, seed=0)["teacher"].item() == pytest.approx(term, rel=1e-3, abs=1e-5)
 
 
 def test_attention_maps_tell_networks_of_other_widths_apart() -> None:
