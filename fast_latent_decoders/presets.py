@@ -59,6 +59,7 @@ PRESETS = {
             "MIT",
             {"widths": (128, 64, 64), "blocks": (4, 3, 1), "convs": 3, "block": "tae", "memory": (2, 2, 0)},
         ),
+        Preset("tae-192-svd", "TAEDecoder", "sd", "MIT", {"width": 192}),
         Preset("taesdxl", "TAEDecoder", "sdxl", "MIT", {"width": 64}),
         Preset("taesd", "TAEDecoder", "sd", "MIT", {"width": 64}),
     )
