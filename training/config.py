@@ -123,6 +123,8 @@ class Config:
             raise ValueError(f"stages must begin at start 0 and follow each other, got {starts}")
         if bad := [stage.crop for stage in self.stages if stage.crop % 8 or stage.crop < 16]:
             raise ValueError(f"crops must be multiples of 8 px, at least 16; got {bad}")
+        if self.teacher.means < 1:
+            raise ValueError(f"teacher.means must be at least 1 px, got {self.teacher.means}")
         if self.teacher.structure and (bad := [stage.crop for stage in self.stages if stage.crop % self.teacher.means]):
             raise ValueError(f"crops must be multiples of teacher.means, {self.teacher.means} px; got {bad}")
         if latents := [source.path for source in (*self.data, *self.val) if source.kind.startswith("latent")]:

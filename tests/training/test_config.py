@@ -23,6 +23,7 @@ from .tiny import ROOT, config, module, run
         ("stages.0.crops=64", "unknown key 'crops' in .*did you mean crop?"),
         ("stages.0.crop=60", "crops must be multiples of 8 px"),
         ("teacher={structure: true, means: 48}", "crops must be multiples of teacher.means, 48 px"),
+        ("teacher={structure: true, means: 0}", "teacher.means must be at least 1 px, got 0"),
         ("stages=[{start: 0.5}]", "stages must begin at start 0"),
         ("stages.0.clips=0.5", "train on clips.*no source under data has kind: clips"),
         ("data.3.path=x", "there is no 3"),
