@@ -175,12 +175,13 @@ class EfficientViTDecoder(FastDecoder):
     Args:
         widths: channels at 1/8 (EfficientViT blocks), 1/4 and 1/2 (residual blocks).
         attention_blocks: EfficientViT blocks at 1/8.
-        residual_blocks: residual blocks at 1/4 and 1/2.
+        residual_blocks: residual blocks at 1/4 and 1/2, or three numbers: at 1/8 too, in front of the EfficientViT blocks.
+        convs, block: of the residual blocks, as for `SubpixelDecoder`.
         published: the shape that was published, whatever the other arguments say: 15 residual blocks, no attention,
             6,223,500 parameters.
     """
 
-    _no_split_modules: ClassVar = ["EfficientViTBlock", "ResidualBlock", "BatchNormBlock"]
+    _no_split_modules: ClassVar = ["EfficientViTBlock", *SubpixelDecoder._no_split_modules, "BatchNormBlock"]
     _repeated_blocks: ClassVar = ["EfficientViTBlock", "BatchNormBlock"]
 
     @register_to_config
@@ -189,6 +190,8 @@ class EfficientViTDecoder(FastDecoder):
         widths: Sequence[int] = (256, 128, 64),
         attention_blocks: int = 9,
         residual_blocks: Sequence[int] = (2, 1),
+        convs: int = 2,
+        block: str = "residual",
         published: bool = False,
         latent_space: str = "sdxl",
         latent_channels: int | None = None,
@@ -203,4 +206,4 @@ class EfficientViTDecoder(FastDecoder):
         if published:
             self._set_up(PublishedEfficientViTNetwork(channels))
         else:
-            self._set_up(EfficientViTNetwork(channels, widths, attention_blocks, residual_blocks))
+            self._set_up(EfficientViTNetwork(channels, widths, attention_blocks, residual_blocks, convs, block))

@@ -21,6 +21,7 @@ SMALL = {
     "temporal": lambda channels=4: TAETemporalNetwork(channels, 64, (1, 1, 1, 1)),
     "temporal latent": lambda channels=4: TAETemporalNetwork(channels, 64, (1, 1, 1, 1), mid_block="latent"),
     "efficientvit": lambda channels=4: EfficientViTNetwork(channels, (32, 16, 8), 2, (1, 1)),
+    "efficientvit at 1/8": lambda channels=4: EfficientViTNetwork(channels, (32, 16, 8), 2, (1, 1, 1), 3, "tae"),
     "published efficientvit": PublishedEfficientViTNetwork,
     "subpixel": lambda channels=4: SubpixelNetwork(channels, (16, 16, 8), (1, 1, 1), 2),
     "subpixel by 4": lambda channels=4: SubpixelNetwork(channels, (16, 16), (1, 1), 2),
@@ -337,6 +338,18 @@ def test_a_new_efficientvit_block_is_the_identity():
     assert torch.equal(EfficientViTBlock(32)(x), x)
 
 
+@torch.no_grad()
+def test_efficientvit_without_attention_is_a_subpixel():
+    ours = EfficientViTNetwork(4, (32, 16, 8), 2, (2, 1, 1), 3, "tae")
+    plain = SubpixelNetwork(4, (32, 16, 8), (2, 1, 1), 3, "tae")
+    assert [type(layer).__name__ for layer in ours.layers[:7]] == ["Conv2d", "ReLU", *["TAEBlock"] * 2, *["EfficientViTBlock"] * 2, "SubpixelUp"]
+    convolutional = [layer for layer in ours.layers if not isinstance(layer, EfficientViTBlock)]
+    for mine, theirs in zip(convolutional, plain.layers, strict=True):
+        theirs.load_state_dict(mine.state_dict())
+    z = torch.randn(1, 4, 5, 6)
+    assert torch.equal(ours(z), plain(z))
+
+
 @pytest.mark.parametrize("widths", [(250, 128, 64), (256, 127, 64), (256, 128), (0, 128, 64)])
 def test_illegal_widths_list_the_legal_ones(widths):
     with pytest.raises(ValueError, match=r"32, 64, 96, .*, 512; 1/4: 8, 16.*; 1/2: 8, 16, 24.* got widths \("):
@@ -346,5 +359,9 @@ def test_illegal_widths_list_the_legal_ones(widths):
 def test_efficientvit_refuses():
     with pytest.raises(ValueError, match="got -1"):
         EfficientViTNetwork(4, attention_blocks=-1)
+    with pytest.raises(ValueError, match=r"got 9 and \(1, 1, 1, 1\)"):
+        EfficientViTNetwork(4, residual_blocks=(1, 1, 1, 1))
+    with pytest.raises(ValueError, match="one of residual, tae; got 'vit'"):
+        EfficientViTNetwork(4, block="vit")
     with pytest.raises(ValueError, match=r"divide 256 .*16.* got 6"):
         PublishedEfficientViTNetwork(6)

@@ -17,7 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fast_latent_decoders import FastDecoder, SubpixelDecoder, SubpixelTemporalDecoder, TAEDecoder, TAETemporalDecoder
+from fast_latent_decoders import (
+    EfficientViTDecoder,
+    FastDecoder,
+    SubpixelDecoder,
+    SubpixelTemporalDecoder,
+    TAEDecoder,
+    TAETemporalDecoder,
+)
 from fast_latent_decoders.networks.blocks import BlockNetwork, Residual, ResidualBlock, SubpixelUp, zero_init
 from fast_latent_decoders.networks.efficientvit import EfficientViTBlock
 from fast_latent_decoders.networks.streaming import MEMORY, Memory
@@ -25,7 +32,7 @@ from fast_latent_decoders.networks.tae import TAEBlock
 from fast_latent_decoders.networks.temporal import TemporalMidBlock
 
 Network = TypeVar("Network", bound=nn.Module)
-FROM_PICTURES_TO_CLIPS = ((TAEDecoder, TAETemporalDecoder), (SubpixelDecoder, SubpixelTemporalDecoder))
+INTO_OTHERS = ((TAEDecoder, TAETemporalDecoder), (SubpixelDecoder, SubpixelTemporalDecoder), (SubpixelDecoder, EfficientViTDecoder))
 
 # ---------------------------------------------------------------- wider and deeper
 
@@ -33,9 +40,9 @@ FROM_PICTURES_TO_CLIPS = ((TAEDecoder, TAETemporalDecoder), (SubpixelDecoder, Su
 def grow(source: FastDecoder, target: FastDecoder, generator: torch.Generator | None = None) -> None:
     """Fill `target` with weights that compute `source`'s function, to float32's rounding; its own weights are lost.
 
-    `target` is of the same family (or a temporal one, which then decodes frame by frame at first), and every width and
-    block count is at least the source's. The same shape is a copy. The idea is Net2Net's (Chen et al. 2016), but new channels
-    are no copies of old ones: they read through fresh weights, and nothing old reads them yet (zeros). That is exact, where
+    `target` is of the same family (or a temporal one, which then decodes frame by frame at first, or an EfficientViT for a Subpixel, whose
+    attention is the identity at first), and every width and block count is at least the source's. The same shape is a copy.
+    The idea is Net2Net's (Chen et al. 2016), but new channels are no copies of old ones: they read through fresh weights, and nothing old reads them yet (zeros). That is exact, where
     copies stay copies under training unless noise, which is not exact, parts them; and it needs no bookkeeping along the
     residual trunk. The zeros have a gradient from the first step on, the fresh weights from the second.
     New blocks stand behind their stage's old ones and start as the identity, with the features of the block before if they can have them.
@@ -50,10 +57,10 @@ def grow(source: FastDecoder, target: FastDecoder, generator: torch.Generator | 
             untouched.
     """
     families = type(source), type(target)
-    if families[0] is not families[1] and families not in FROM_PICTURES_TO_CLIPS:
+    if families[0] is not families[1] and families not in INTO_OTHERS:
         raise ValueError(
             f"expected a target of the source's family, {families[0].__name__}, got {families[1].__name__}; "
-            "only a TAEDecoder also grows into a TAETemporalDecoder, and a SubpixelDecoder into a SubpixelTemporalDecoder"
+            "only a TAEDecoder also grows into a TAETemporalDecoder, and a SubpixelDecoder into a SubpixelTemporalDecoder or an EfficientViTDecoder"
         )
     if source.latent_space != target.latent_space:
         raise ValueError(f"expected a target for the source's latent space, {source.latent_space}, got {target.latent_space}")

@@ -11,19 +11,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .blocks import BlockNetwork, ResidualBlock, SubpixelUp
+from .blocks import BlockNetwork, SubpixelUp
+from .subpixel import SubpixelNetwork
 
 HEAD = 32  # channels of an attention head
 LEGAL_WIDTHS = (tuple(range(HEAD, 513, HEAD)), tuple(range(8, 257, 8)), tuple(range(8, 129, 8)))
 
 
-class EfficientViTNetwork(BlockNetwork):
+class EfficientViTNetwork(SubpixelNetwork):
     """EfficientViT blocks at 1/8 of the picture's resolution, residual blocks at 1/4 and 1/2, nothing at full resolution.
 
     Scaled latents (N, latent_channels, h, w) to pictures (N, 3, 8h, 8w), nominally in [-1, 1].
-    `widths` are the channels at 1/8, 1/4 and 1/2, `residual_blocks` the blocks at 1/4 and 1/2. Capacity stands where positions
-    are few: a DC-AE-like spread (128 channels at 1/2) is little faster than TAE-192 (issue 9).
-    Raises ValueError for illegal widths, listing the legal ones, and for block counts that are not one and two numbers.
+    `widths` are the channels at 1/8, 1/4 and 1/2, `residual_blocks` the blocks at 1/4 and 1/2, of `convs` convolutions each. Capacity
+    stands where positions are few: a DC-AE-like spread (128 channels at 1/2) is little faster than TAE-192 (issue 9). Three counts put
+    residual blocks at 1/8 too, in front of the attention: that is `SubpixelNetwork` with EfficientViT blocks, and can begin as exactly one.
+    Raises ValueError for illegal widths, listing the legal ones, for block counts that are not one and two or three numbers, and for
+    `convs` and `block` as `SubpixelNetwork`.
     """
 
     def __init__(
@@ -32,27 +35,21 @@ class EfficientViTNetwork(BlockNetwork):
         widths: Sequence[int] = (256, 128, 64),
         attention_blocks: int = 9,
         residual_blocks: Sequence[int] = (2, 1),
+        convs: int = 2,
+        block: str = "residual",
     ) -> None:
         if len(widths) != 3 or any(width not in legal for width, legal in zip(widths, LEGAL_WIDTHS, strict=True)):
             listed = "; ".join(f"1/{8 >> i}: {', '.join(map(str, legal))}" for i, legal in enumerate(LEGAL_WIDTHS))
             raise ValueError(f"expected three widths, legal at each resolution are {listed}; got widths {tuple(widths)}")
-        if attention_blocks < 0 or len(residual_blocks) != 2 or min(residual_blocks) < 0:
+        if attention_blocks < 0 or len(residual_blocks) not in (2, 3) or min(residual_blocks) < 0:
             raise ValueError(
-                "expected a count of attention blocks and two counts of residual blocks (for 1/4 and 1/2 resolution), "
+                "expected a count of attention blocks and two counts of residual blocks (for 1/4 and 1/2 resolution; three: 1/8 too), "
                 f"none negative; got {attention_blocks} and {tuple(residual_blocks)}"
             )
-        low, middle, high = widths
-        super().__init__(
-            [
-                nn.Conv2d(latent_channels, low, 3, padding=1),
-                *(EfficientViTBlock(low) for _ in range(attention_blocks)),
-                SubpixelUp(low, middle),
-                *(ResidualBlock(middle, 2) for _ in range(residual_blocks[0])),
-                SubpixelUp(middle, high),
-                *(ResidualBlock(high, 2) for _ in range(residual_blocks[1])),
-                SubpixelUp(high, 3),
-            ]
-        )
+        super().__init__(latent_channels, widths, (0, *residual_blocks)[-3:], convs, block)
+        behind = next(i for i, layer in enumerate(self.layers) if isinstance(layer, SubpixelUp))
+        for i in range(attention_blocks):
+            self.layers.insert(behind + i, EfficientViTBlock(widths[0]))
 
 
 class PublishedEfficientViTNetwork(BlockNetwork):

@@ -24,9 +24,9 @@ class SubpixelNetwork(BlockNetwork):
     def __init__(
         self, latent_channels: int, widths: Sequence[int], blocks: Sequence[int], convs: int, block: str = "residual"
     ) -> None:
-        if not 1 <= len(widths) <= 3 or len(blocks) != len(widths) or min(*widths, *blocks) < 1 or convs < 1:
+        if not 1 <= len(widths) <= 3 or len(blocks) != len(widths) or min(*widths, convs) < 1 or min(blocks) < 0:
             raise ValueError(
-                "expected up to three widths and as many block counts (for 1/8, 1/4 and 1/2 resolution) and convs, all at least 1; "
+                "expected up to three widths and as many block counts (for 1/8, 1/4 and 1/2 resolution), widths and convs at least 1, no count negative; "
                 f"got widths {tuple(widths)}, blocks {tuple(blocks)}, convs {convs}"
             )
         if block not in BLOCKS:

@@ -135,6 +135,19 @@ def test_subpixel_preset_grows(grow: ModuleType) -> None:
     assert error(source.decoder, target.decoder, torch.randn(1, 4, 8, 6)) < 1e-4
 
 
+def test_an_efficientvit_begins_as_a_subpixel(grow: ModuleType) -> None:
+    """The way of efficientvit-sdxl: attention behind the residual blocks at 1/8, wider there. All of it learns."""
+    source = FastDecoder.from_pretrained("subpixel-sdxl")
+    target = EfficientViTDecoder((160, 64, 48), 2, (4, 3, 2), 3, "tae")
+    grow.grow(source, target)
+    z = torch.randn(1, 4, 8, 6)
+    assert error(source.decoder, target.decoder, z) < 1e-4
+    steps(target.decoder, 2)
+    assert all(layer.attention.norm.weight.abs().min() > 0 for layer in target.decoder.layers if hasattr(layer, "attention"))
+    with pytest.raises(ValueError, match="into a SubpixelTemporalDecoder or an EfficientViTDecoder"):
+        grow.grow(target, source)
+
+
 @pytest.mark.parametrize("mid_block", ["upsampled", "latent"])
 def test_temporal_grows_from_frames(grow: ModuleType, mid_block: str) -> None:
     source = made("tae", latent_space="sd")
