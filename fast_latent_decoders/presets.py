@@ -60,6 +60,7 @@ PRESETS = {
             {"widths": (128, 64, 64), "blocks": (4, 3, 1), "convs": 3, "block": "tae", "memory": (2, 2, 0)},
         ),
         Preset("tae-192-svd", "TAEDecoder", "sd", "MIT", {"width": 192}),
+        Preset("tae-temporal-svd", "TAETemporalDecoder", "sd", "MIT", {"width": 192}),
         Preset("taesdxl", "TAEDecoder", "sdxl", "MIT", {"width": 64}),
         Preset("taesd", "TAEDecoder", "sd", "MIT", {"width": 64}),
     )
