@@ -40,11 +40,12 @@ INTO_OTHERS = ((TAEDecoder, TAETemporalDecoder), (SubpixelDecoder, SubpixelTempo
 def grow(source: FastDecoder, target: FastDecoder, generator: torch.Generator | None = None) -> None:
     """Fill `target` with weights that compute `source`'s function, to float32's rounding; its own weights are lost.
 
-    `target` is of the same family (or a temporal one, which then decodes frame by frame at first, or an EfficientViT for a Subpixel, whose
-    attention is the identity at first), and every width and block count is at least the source's. The same shape is a copy.
-    The idea is Net2Net's (Chen et al. 2016), but new channels are no copies of old ones: they read through fresh weights, and nothing old reads them yet (zeros). That is exact, where
-    copies stay copies under training unless noise, which is not exact, parts them; and it needs no bookkeeping along the
-    residual trunk. The zeros have a gradient from the first step on, the fresh weights from the second.
+    `target` is of the same family (or a temporal one, which then decodes frame by frame at first, or an EfficientViT for a Subpixel,
+    whose attention is the identity at first), and every width and block count is at least the source's. The same shape is a copy.
+    The idea is Net2Net's (Chen et al. 2016), but new channels are no copies of old ones: they read through fresh weights, and
+    nothing old reads them yet (zeros). That is exact, where copies stay copies under training unless noise, which is not exact,
+    parts them; and it needs no bookkeeping along the residual trunk. The zeros have a gradient from the first step on,
+    the fresh weights from the second.
     New blocks stand behind their stage's old ones and start as the identity, with the features of the block before if they can have them.
 
     Args:
