@@ -51,6 +51,13 @@ PRESETS = {
         Preset("subpixel-sdxl", "SubpixelDecoder", "sdxl", "MIT", {"widths": (128, 64, 48), "blocks": (4, 3, 2), "convs": 3, "block": "tae"}),
         Preset("subpixel-small-sdxl", "SubpixelDecoder", "sdxl", "MIT", {"widths": (96, 64), "blocks": (3, 3), "convs": 3, "block": "tae"}),
         Preset("tae-192-sdxl", "TAEDecoder", "sdxl", "MIT", {"width": 192}),
+        Preset(
+            "efficientvit-sdxl",
+            "EfficientViTDecoder",
+            "sdxl",
+            "MIT",
+            {"widths": (224, 64, 48), "attention_blocks": 8, "residual_blocks": (4, 3, 2), "convs": 3, "block": "tae"},
+        ),
         Preset("subpixel-sd", "SubpixelDecoder", "sd", "MIT", {"widths": (128, 64, 64), "blocks": (4, 3, 1), "convs": 3, "block": "tae"}),
         Preset(
             "subpixel-temporal-svd",

@@ -25,7 +25,7 @@ FAMILIES = {
     "TAEDecoder": "TAESD's layer list at one width. No normalisation: tiles are exact, float16 is finite.",
     "TAETemporalDecoder": "TAESD's layer list at one width with one spatio-temporal mid block: frames are mixed within one decode call, "
     "so leave `decode_chunk_size` at its default, all frames. Tiles are blended.",
-    "EfficientViTDecoder": "Linear attention at 1/8 of the picture's resolution, residual blocks at 1/4 and 1/2. Tiles are blended.",
+    "EfficientViTDecoder": "EfficientViT blocks (linear attention) at 1/8 of the picture's resolution, residual blocks in front of them and at 1/4 and 1/2. Tiles are blended.",
 }
 TERMS = {
     "l1": "L1", "mse": "squared error", "charbonnier": "Charbonnier, a smooth L1", "frequency": "difference of the spectra",
@@ -200,7 +200,7 @@ def make_card(c: "Config", model: FastDecoder, summary: dict[str, Any], machine:
     lines = [
         f"---\n{yaml.safe_dump(header, sort_keys=False, default_flow_style=None)}---",
         f"# {name}\n",
-        f"A small, fast decoder for {SPACES.get(space, space)} latents: a `{family}` of `fast_latent_decoders` ({shape}).",
+        f"A small, fast decoder for {SPACES.get(space, space)} latents: {'an' if family[0] in 'AEIOU' else 'a'} `{family}` of `fast_latent_decoders` ({shape}).",
         FAMILIES.get(family, "").format(stages=["1/8", "1/8 and 1/4", "1/8, 1/4 and 1/2"][len(own.get("widths", ())[:3]) - 1]) + "\n",
         f"{sizes.parameters:,} parameters, {sizes.megabytes:.1f} MB in float16, {sizes.mac_per_pixel / 1e3:.0f} K multiply-accumulates per pixel.\n",
         "```python\nfrom fast_latent_decoders import FastDecoder, swap_decoder",

@@ -71,7 +71,13 @@ def test_every_config_of_the_repository_is_valid() -> None:
         FastDecoder.families[c.decoder["_class_name"]].from_config(c.decoder)
 
 
-@pytest.mark.parametrize("preset", ["subpixel-sdxl", "subpixel-small-sdxl", "tae-192-sdxl", "tae-192-svd", "tae-temporal-svd", "subpixel-sd", "subpixel-temporal-svd"])
+@pytest.mark.parametrize(
+    "preset",
+    [
+        *("subpixel-sdxl", "subpixel-small-sdxl", "tae-192-sdxl", "efficientvit-sdxl"),
+        *("tae-192-svd", "tae-temporal-svd", "subpixel-sd", "subpixel-temporal-svd"),
+    ],
+)
 def test_a_config_can_go_on_from_the_preset_of_its_name(preset: str) -> None:
     """README: `--config training/configs/subpixel-sdxl.yaml init=subpixel-sdxl`."""
     paths = list((ROOT / "training/configs").rglob(f"{preset}.yaml"))
