@@ -25,7 +25,7 @@ FAMILIES = {
     "TAEDecoder": "TAESD's layer list at one width. No normalisation: tiles are exact, float16 is finite.",
     "TAETemporalDecoder": "TAESD's layer list at one width with one spatio-temporal mid block: frames are mixed within one decode call, "
     "so leave `decode_chunk_size` at its default, all frames. Tiles are blended.",
-    "EfficientViTDecoder": "EfficientViT blocks (linear attention) at 1/8 of the picture's resolution, residual blocks in front of them and at 1/4 and 1/2. Tiles are blended.",
+    "EfficientViTDecoder": "EfficientViT blocks (linear attention) at 1/8 of the picture's resolution, residual blocks at 1/4 and 1/2, and of three counts also in front of the attention. Tiles are blended.",
 }
 TERMS = {
     "l1": "L1", "mse": "squared error", "charbonnier": "Charbonnier, a smooth L1", "frequency": "difference of the spectra",

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from fast_latent_decoders import FastDecoder
+from fast_latent_decoders import FastDecoder, presets
 
 from .tiny import ROOT, config, module, run
 
@@ -71,13 +71,7 @@ def test_every_config_of_the_repository_is_valid() -> None:
         FastDecoder.families[c.decoder["_class_name"]].from_config(c.decoder)
 
 
-@pytest.mark.parametrize(
-    "preset",
-    [
-        *("subpixel-sdxl", "subpixel-small-sdxl", "tae-192-sdxl", "efficientvit-sdxl"),
-        *("tae-192-svd", "tae-temporal-svd", "subpixel-sd", "subpixel-temporal-svd"),
-    ],
-)
+@pytest.mark.parametrize("preset", sorted(presets().keys() - {"taesdxl", "taesd"}))  # the baselines have no run
 def test_a_config_can_go_on_from_the_preset_of_its_name(preset: str) -> None:
     """README: `--config training/configs/subpixel-sdxl.yaml init=subpixel-sdxl`."""
     paths = list((ROOT / "training/configs").rglob(f"{preset}.yaml"))
