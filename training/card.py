@@ -144,7 +144,9 @@ def tell_losses(c: "Config") -> list[str]:
         rows.append(f"| `gan` | {c.gan.weight:g} | {c.gan.kind} discriminator from step {c.gan.start:,}, {length} |")
     side = c.teacher.means
     pictures = f"pictures, without their means over {side}x{side} px," if c.teacher.structure else "pictures"
-    for name, weight, what in (("output", c.teacher.output, pictures), ("features", c.teacher.features, "attention maps")):
+    taught = [("output", c.teacher.output, pictures), ("features", c.teacher.features, "attention maps")]
+    taught += [(f"losses.{name}", weight, f"`{name}` to pictures") for name, weight in c.teacher.losses.items()]
+    for name, weight, what in taught:
         if c.teacher.path and weight:
             rows.append(
                 f"| `teacher.{name}` | {weight:g} | {what} of `{shown(c.teacher.path)}`, on latents: {', '.join(c.teacher.latents)} |"

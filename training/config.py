@@ -1,7 +1,7 @@
 """Configuration of a run: frozen dataclasses from YAML, changed by key=value. Types are checked, unknown keys are errors."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -55,6 +55,7 @@ class Teacher:
 
     path: str | None = None  # preset, folder or Hub id of a FastDecoder, AutoencoderTiny or AutoencoderKL
     output: float = 0.0  # weight of the L1 distance to its pictures
+    losses: dict[str, float] = field(default_factory=dict)  # term of single pictures -> weight, between its pictures and the decoder's
     features: float = 0.0  # weight of the distance to its attention maps at 1/8, 1/4 and 1/2
     latents: list[Literal["real", "noisy", "mixed", "recoloured", "widened"]] = field(default_factory=lambda: ["real"])  # one kind a step, in turn
     structure: bool = False  # leave the means over squares out of the output term: a teacher's colours may be wrong
@@ -114,7 +115,12 @@ class Config:
 
     def __post_init__(self) -> None:
         every = [name for group in TERMS.values() for name in group]
-        for where, names, known in (("losses", self.losses, every), ("perceptual_share", self.perceptual_share, TERMS["perceptual"])):
+        terms: list[tuple[str, dict[str, float], Sequence[str]]] = [
+            ("losses", self.losses, every),
+            ("perceptual_share", self.perceptual_share, TERMS["perceptual"]),
+            ("teacher.losses", self.teacher.losses, [*TERMS["pixels"], *TERMS["perceptual"]]),
+        ]
+        for where, names, known in terms:
             for name in names:
                 if name not in known:
                     raise ValueError(unknown(name, known, where))

@@ -1,16 +1,20 @@
 """Another decoder of the same latents as a teacher: on latents that no encoder made there is no true picture, but there is its."""
 
 import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from config import Teacher
+from losses import PLAIN, WEIGHTED
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fast_latent_decoders import FastDecoder
 from fast_latent_decoders.evaluation.encoders import read_vae
 from fast_latent_decoders.latent_space import LatentSpace
+
+Distance = Callable[[Tensor, Tensor], Tensor]
 
 
 def load_teacher(path: str, space: LatentSpace) -> nn.Module:
@@ -75,9 +79,13 @@ class Lesson:
     Latents as they are ("real") are decoded with the batch already: they are not decoded twice.
     """
 
-    def __init__(self, c: Teacher, space: LatentSpace, network: nn.Module, device: torch.device) -> None:
+    def __init__(
+        self, c: Teacher, space: LatentSpace, network: nn.Module, device: torch.device, features: Mapping[str, nn.Module]
+    ) -> None:
         assert c.path is not None
         self.c = c
+        known: dict[str, Distance] = {**WEIGHTED, **PLAIN, **features}
+        self.distances = {name: known[name] for name, weight in c.losses.items() if weight}
         self.network = load_teacher(c.path, space).to(device).to(memory_format=torch.channels_last)
         self.maps = (Maps(network), Maps(self.network)) if c.features else None
 
@@ -138,6 +146,7 @@ class Lesson:
         if self.c.structure:
             difference = difference - F.interpolate(F.avg_pool2d(difference, self.c.means), scale_factor=self.c.means)
         terms = {"teacher": difference.abs().mean()} if self.c.output else {}
+        terms.update({f"teacher_{name}": distance(decoded, taught) for name, distance in self.distances.items()})
         if self.maps:
             theirs = self.maps[1].take(z.shape[-1])
             pairs = zip(mine, theirs, strict=True)

@@ -132,12 +132,13 @@ def main() -> None:
         features = {
             name: stlpips if name == "stlpips" else perceptual(name, c.squeezenet).to(device).to(memory_format=torch.channels_last)
             for name in PERCEPTUAL
-            if c.losses.get(name)
+            if c.losses.get(name) or c.teacher.losses.get(name)
         }
-        lesson = Lesson(c.teacher, model.latent_space, network, device) if c.teacher.path else None
+        lesson = Lesson(c.teacher, model.latent_space, network, device, features) if c.teacher.path else None
     adversary = Adversary(c.gan, model.config.latent_channels, accelerator, c.accumulate) if c.gan.weight else None
     last = [parameter for parameter in network.parameters() if parameter.ndim == 4][-1]
     weights = {**c.losses, "teacher": c.teacher.output, "teacher_maps": c.teacher.features}
+    weights |= {f"teacher_{name}": weight for name, weight in c.teacher.losses.items()}
 
     optimizers = build_optimizers(network.to(device), c)
     if c.compile:
@@ -162,6 +163,8 @@ def main() -> None:
         terms = {name: term(decoded, target, face_weight) for name, term in WEIGHTED.items() if c.losses.get(name)}
         terms.update({name: term(decoded, target) for name, term in PLAIN.items() if c.losses.get(name)})
         for name, distance in features.items():
+            if not c.losses.get(name):
+                continue  # the teacher's alone
             # A term may see a share of the batch, another one at each step.
             seen_by = max(1, round(len(z) * c.perceptual_share.get(name, 1.0)))
             rows = torch.randperm(len(z), generator=torch.Generator().manual_seed(seed))[:seen_by]

@@ -19,6 +19,7 @@ from .tiny import ROOT, config, module, run
         ("gan.kind=wasserstein", "gan.kind is 'wasserstein'.*'hinge', 'least_squares' or 'relativistic'"),
         ("steps", "expected key=value, got 'steps'"),
         ("steps.more=1", "steps holds no keys"),
+        ("teacher.losses={temporal: 1}", "unknown key 'temporal' in teacher.losses"),
         ("losses.tempral=1", "did you mean temporal?"),
         ("stages.0.crops=64", "unknown key 'crops' in .*did you mean crop?"),
         ("stages.0.crop=60", "crops must be multiples of 8 px"),

@@ -123,12 +123,14 @@ def test_normalised_gradients_have_one_length_whatever_the_discriminator_says() 
 
 def lesson(student: FastDecoder, **settings: Any) -> Any:
     teacher = module("config").Teacher(path="taesdxl", output=1, **settings)
-    return module("teacher").Lesson(teacher, student.latent_space, student.decoder, torch.device("cpu"))
+    features = {name: module("losses").perceptual(name) for name in teacher.losses if name == "stlpips"}
+    return module("teacher").Lesson(teacher, student.latent_space, student.decoder, torch.device("cpu"), features)
 
 
 def test_a_student_that_is_its_teacher_has_nothing_to_learn() -> None:
     student = FastDecoder.from_pretrained("taesdxl").float()
-    found = lesson(student, features=1, latents=["real", "noisy", "mixed", "recoloured", "widened"])
+    losses = {"stlpips": 1, "detail": 1, "mse": 1, "frequency": 0}
+    found = lesson(student, features=1, losses=losses, latents=["real", "noisy", "mixed", "recoloured", "widened"])
     z = torch.randn(4, 4, 8, 8)
     for step in range(5):
         taught = found.latents(z, 1, step, seed=step)
@@ -136,7 +138,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn() -> None:
         assert not any(torch.equal(row, other) for row in taught for other in z)
         decoded, imitated = student.decoder(torch.cat([z, taught])).split([len(z), len(taught)])
         terms = found.terms(imitated, taught, 1, decoded, z, seed=step)
-        assert terms.keys() == {"teacher", "teacher_maps"}
+        assert terms.keys() == {"teacher", "teacher_maps", "teacher_stlpips", "teacher_detail", "teacher_mse"}
         assert max(term.item() for term in terms.values()) < 1e-6
 
 

@@ -99,9 +99,10 @@ def test_the_card_tells_what_the_run_was(tmp_path: Path) -> None:
         assert part in text, part
     assert "`mse`" not in text  # its weight is 0
     assert "pictures of `taesdxl`" in text
-    teacher = module("config").Teacher(path="taesdxl", output=2, structure=True)
+    teacher = module("config").Teacher(path="taesdxl", output=2, structure=True, losses={"stlpips": 0.5, "mse": 0})
     text = (export(tmp_path / "structure", teacher=teacher) / "README.md").read_text()
     assert "| `teacher.output` | 2 | pictures, without their means over 8x8 px, of `taesdxl`, on latents: real |" in text
+    assert "| `teacher.losses.stlpips` | 0.5 | `stlpips` to pictures of `taesdxl`, on latents: real |" in text and "losses.mse" not in text
     assert text.count("<!-- results -->") == text.count("<!-- end of results -->") == 1
 
 
