@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from fast_latent_decoders import FastDecoder
 from fast_latent_decoders.evaluation.encoders import read_vae
 from fast_latent_decoders.latent_space import LatentSpace
+from fast_latent_decoders.networks.blocks import BlockNetwork
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 
@@ -141,7 +142,7 @@ class Lesson:
             decoded, z = own[-count:], own_z[-count:].contiguous(memory_format=torch.channels_last)
         mine = self.maps[0].take(z.shape[-1]) if self.maps else []
         with torch.no_grad():
-            taught = self.network(z).float()
+            taught = (self.network(z, frames) if isinstance(self.network, BlockNetwork) else self.network(z)).float()
         difference = decoded - taught
         if self.c.structure:
             difference = difference - F.interpolate(F.avg_pool2d(difference, self.c.means), scale_factor=self.c.means)

@@ -1,12 +1,13 @@
 """Terms of the loss, the adversary and the teacher, against values computed by hand."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
 
-from fast_latent_decoders import FastDecoder, SubpixelDecoder
+from fast_latent_decoders import FastDecoder, SubpixelDecoder, SubpixelTemporalDecoder
 
 from .tiny import module
 
@@ -122,7 +123,7 @@ def test_normalised_gradients_have_one_length_whatever_the_discriminator_says() 
 
 
 def lesson(student: FastDecoder, **settings: Any) -> Any:
-    teacher = module("config").Teacher(path="taesdxl", output=1, **settings)
+    teacher = module("config").Teacher(**{"path": "taesdxl", "output": 1, **settings})
     features = {name: module("losses").perceptual(name) for name in teacher.losses if name == "stlpips"}
     return module("teacher").Lesson(teacher, student.latent_space, student.decoder, torch.device("cpu"), features)
 
@@ -140,6 +141,18 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn() -> None:
         terms = found.terms(imitated, taught, 1, decoded, z, seed=step)
         assert terms.keys() == {"teacher", "teacher_maps", "teacher_stlpips", "teacher_detail", "teacher_mse"}
         assert max(term.item() for term in terms.values()) < 1e-6
+
+
+def test_a_teacher_of_clips_sees_their_frames_together(tmp_path: Path) -> None:
+    student = SubpixelTemporalDecoder(widths=(8, 8, 8), blocks=(1, 1, 1), memory=(1, 0, 0)).float()
+    for parameter in student.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    student.save_pretrained(tmp_path)
+    found = lesson(student, path=str(tmp_path), share=1)
+    z = torch.randn(6, 4, 4, 4)
+    together, apart = student.decoder(z, 3), student.decoder(z, 1)
+    assert found.terms(together, z, 3, together, z, seed=0)["teacher"].item() < 1e-6
+    assert found.terms(apart, z, 3, apart, z, seed=0)["teacher"].item() > 1e-3
 
 
 @pytest.mark.parametrize("kind", ["noisy", "mixed", "real"])
