@@ -1,21 +1,14 @@
-"""Growing: start a larger decoder as exactly the function of a smaller one, and change a network's form but not its function.
+"""Growing: start a larger decoder as exactly the function of a smaller one.
 
     source = FastDecoder.from_pretrained("taesdxl")
     target = TAEDecoder(width=96, blocks=(4, 4, 3, 1))
     grow(source, target)            # then train target
-    branch(target.decoder)          # if wanted; fold_branches before saving
 
 Conventions: networks take scaled latents (N, C, h, w) and give pictures (N, 3, 8h, 8w), nominally in [-1, 1].
 """
 
-import copy
-from collections.abc import Callable
-from itertools import pairwise
-from typing import TypeGuard, TypeVar
-
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from fast_latent_decoders import (
     EfficientViTDecoder,
@@ -25,16 +18,13 @@ from fast_latent_decoders import (
     TAEDecoder,
     TAETemporalDecoder,
 )
-from fast_latent_decoders.networks.blocks import BlockNetwork, Residual, ResidualBlock, SubpixelUp, zero_init
+from fast_latent_decoders.networks.blocks import BlockNetwork, Residual, ResidualBlock, zero_init
 from fast_latent_decoders.networks.efficientvit import EfficientViTBlock
 from fast_latent_decoders.networks.streaming import MEMORY, Memory
 from fast_latent_decoders.networks.tae import TAEBlock
 from fast_latent_decoders.networks.temporal import TemporalMidBlock
 
-Network = TypeVar("Network", bound=nn.Module)
 INTO_OTHERS = ((TAEDecoder, TAETemporalDecoder), (SubpixelDecoder, SubpixelTemporalDecoder), (SubpixelDecoder, EfficientViTDecoder))
-
-# ---------------------------------------------------------------- wider and deeper
 
 
 def grow(source: FastDecoder, target: FastDecoder, generator: torch.Generator | None = None) -> None:
@@ -148,159 +138,3 @@ def _embed(source: nn.Module, target: nn.Module, index: int) -> None:
         old = old.reshape(rows, len(old) // rows, columns, old.shape[1] // columns, *old.shape[2:])
         new[:, : old.shape[1]] = 0
         new[:, : old.shape[1], :, : old.shape[3]] = old
-
-
-# ---------------------------------------------------------------- upsampling
-
-
-def fold_upsampling(network: Network) -> Network:
-    """A copy in which nearest 2x upsampling + 3x3 convolution is a 3x3 convolution with 4x channels + pixel shuffle.
-
-    Upsampled pixels are equal in pairs, so the taps that read one pair add up: 5 of 9 are zero for each of the four
-    sub-pixels. The zeros around the picture are those around the latents, so borders are exact. As many multiplications, no
-    upsampled tensor, and the zeros are free to learn. Each pair of layers becomes a pair: positions, hence the walk, stay;
-    `halo` counts the zero taps too, so it is enough, and up to one latent more than before. Tensor names and shapes are no
-    longer those of the family's configuration. Whatever else is in the network (bilinear upsampling, branches) stays.
-    """
-    network = copy.deepcopy(network)
-    for parent in list(network.modules()):
-        if isinstance(parent, nn.Sequential):
-            for i, (up, conv) in enumerate(pairwise(list(parent))):
-                nearest = isinstance(up, nn.Upsample) and up.mode == "nearest"
-                if nearest and up.scale_factor in (2, (2, 2)) and _is_plain_3x3(conv):
-                    parent[i], parent[i + 1] = _subpixel(conv), nn.PixelShuffle(2)
-    return network
-
-
-def _is_plain_3x3(module: nn.Module) -> TypeGuard[nn.Conv2d]:
-    return (
-        type(module) is nn.Conv2d  # a subclass may do more
-        and (module.kernel_size, module.stride, module.dilation, module.groups) == ((3, 3), (1, 1), (1, 1), 1)
-        and (module.padding, module.padding_mode) == ((1, 1), "zeros")
-    )
-
-
-@torch.no_grad()
-def _subpixel(conv: nn.Conv2d) -> nn.Conv2d:
-    weight = conv.weight.double()
-    # Of an upsampled pair, the first pixel reads one to the left and two of its own, the second two of its own and one right.
-    taps = weight.new_tensor([[[1, 0, 0], [0, 1, 1], [0, 0, 0]], [[0, 0, 0], [1, 1, 0], [0, 0, 1]]])  # (sub-pixel, to, from)
-    folded = nn.Conv2d(conv.in_channels, 4 * conv.out_channels, 3, padding=1, bias=conv.bias is not None).to(conv.weight)
-    folded.weight.copy_(torch.einsum("pau,qbv,oiuv->opqiab", taps, taps, weight).flatten(0, 2))
-    if folded.bias is not None and conv.bias is not None:
-        folded.bias.copy_(conv.bias.repeat_interleave(4))
-    return folded
-
-
-# ---------------------------------------------------------------- last layer
-
-
-@torch.no_grad()
-def fit_last_layer(network: BlockNetwork, latents: Tensor, targets: Tensor, ridge: float = 1e-6, batch: int = 4) -> None:
-    """Fit the last convolution and its bias to the targets by least squares; everything before it stays.
-
-    Normal equations in float64, added up over strips of 16 rows of `batch` pictures, so memory does not grow with the number
-    of pictures. They are solved for the change of the weights, so that `ridge` holds what the pictures leave open at what it
-    was. A temporal network sees each picture as a clip of one frame.
-
-    Args:
-        latents: (M, C, h, w) scaled.
-        targets: (M, 3, 8h, 8w) on [-1, 1], floating point.
-        ridge: weight of the squared change, in units of the features' mean square.
-
-    Raises:
-        ValueError: latents and targets that do not fit, no positive ridge, or a network that does not end in a 3x3 convolution
-            with bias, with or without a pixel shuffle.
-    """
-    last = network.layers[-1]
-    conv, factor = (last[0], last.factor) if isinstance(last, SubpixelUp) else (last, 1)
-    if not _is_plain_3x3(conv) or conv.bias is None:
-        raise ValueError(f"expected a network that ends in a plain 3x3 convolution with bias, got {last}; fold branches first")
-    expected = (len(latents), 3, *(8 * side for side in latents.shape[2:]))
-    if not len(latents) or tuple(targets.shape) != expected or not targets.is_floating_point() or not ridge > 0:
-        raise ValueError(
-            f"expected latents (M, C, h, w), floating-point targets (M, 3, 8h, 8w) on [-1, 1] and a ridge above 0; got latents "
-            f"{tuple(latents.shape)}, {targets.dtype} targets {tuple(targets.shape)}, ridge {ridge}"
-        )
-    ends = network.to_picture(torch.tensor([0.0, 1.0])).tolist()  # pictures are a + (b - a) * output
-    size = conv.weight[0].numel() + 1
-    gram = torch.zeros(size, size, dtype=torch.float64, device=conv.weight.device)
-    cross = gram.new_zeros(size, conv.out_channels)
-    seen: list[Tensor] = []
-    handle = conv.register_forward_hook(lambda _, inputs, output: seen.extend((inputs[0], output)))
-    training = network.training
-    network.eval()
-    try:
-        for z, target in zip(latents.split(batch), targets.split(batch), strict=True):
-            seen.clear()
-            network(z.to(conv.weight))
-            features, output = F.pad(seen[0], (1, 1, 1, 1)), seen[1].double()
-            wanted = (target.to(output) - ends[0]) / (ends[1] - ends[0])
-            error = (F.pixel_unshuffle(wanted, factor) if factor > 1 else wanted) - output
-            for top in range(0, error.shape[2], 16):
-                x = F.unfold(features[:, :, top : top + 18].double(), 3).transpose(0, 1).flatten(1)  # (9C, pixels)
-                x = torch.cat([x, torch.ones_like(x[:1])])
-                gram += x @ x.T
-                cross += x @ error[:, :, top : top + 16].transpose(0, 1).flatten(1).T
-    finally:
-        handle.remove()
-        network.train(training)
-    gram.diagonal().add_(ridge * gram.diagonal().mean())
-    change = torch.linalg.solve(gram, cross).T
-    conv.weight.copy_(conv.weight.double() + change[:, :-1].reshape(conv.weight.shape))
-    conv.bias.copy_(conv.bias.double() + change[:, -1])
-
-
-# ---------------------------------------------------------------- branches
-
-
-class BranchedConv(nn.Conv2d):
-    """A 3x3 convolution + a 1x1 convolution + (where in == out) each channel times a number, as in RepVGG (Ding et al. 2021).
-
-    (N, in, H, W) to (N, out, H, W). Without batch normalisation the sum is linear in the input, so the kernels are added and
-    not the outputs: the same gradients for one convolution's work. New branches are zero, which leaves the function as it is
-    and gives them a gradient at once. What they change is the way an optimiser takes: the centre tap moves up to three times.
-    """
-
-    def __init__(self, conv: nn.Conv2d) -> None:
-        super().__init__(conv.in_channels, conv.out_channels, 3, padding=1, bias=conv.bias is not None, device="meta")
-        self.weight, self.bias = conv.weight, conv.bias
-        # A matrix: the trainer takes the last tensor with four dimensions for the last layer.
-        self.point = nn.Parameter(conv.weight.new_zeros(conv.out_channels, conv.in_channels))
-        square = conv.in_channels == conv.out_channels
-        self.scale = nn.Parameter(conv.weight.new_zeros(conv.out_channels)) if square else None
-
-    def kernel(self) -> Tensor:
-        """The one 3x3 kernel, (out, in, 3, 3), that the branches add up to."""
-        centre = self.point if self.scale is None else self.point + torch.diag(self.scale)
-        return self.weight + F.pad(centre[:, :, None, None], (1, 1, 1, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, self.kernel(), self.bias)
-
-    def folded(self) -> nn.Conv2d:
-        conv = nn.Conv2d(self.in_channels, self.out_channels, 3, padding=1, bias=self.bias is not None, device="meta")
-        conv.weight, conv.bias = nn.Parameter(self.kernel().detach()), self.bias
-        return conv
-
-
-def branch(network: nn.Module) -> None:
-    """Give every plain 3x3 convolution (stride 1, padding 1, one group) its branches, in place; the function stays the same.
-
-    Make the optimiser afterwards, and call `fold_branches` before the decoder is saved: the state dict has more names.
-    """
-    _replace(network, lambda module: BranchedConv(module) if _is_plain_3x3(module) else module)
-
-
-def fold_branches(network: nn.Module) -> None:
-    """Turn what `branch` made back into 3x3 `nn.Conv2d`, in place: the function stays, names and shapes are plain again."""
-    _replace(network, lambda module: module.folded() if isinstance(module, BranchedConv) else module)
-
-
-def _replace(parent: nn.Module, rule: Callable[[nn.Module], nn.Module]) -> None:
-    for name, child in list(parent.named_children()):
-        made = rule(child)
-        if made is not child:
-            setattr(parent, name, made)
-        else:
-            _replace(child, rule)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from diffusers.configuration_utils import register_to_config
-from grow import branch
+from fold import branch
 from running import mixed_precision
 from torch import Tensor, nn
 

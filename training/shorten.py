@@ -2,7 +2,7 @@
 
     python training/shorten.py taesdxl training/runs/short --blocks 3 3 2 --config training/configs/laptop/subpixel-sdxl.yaml
 
-Stages at 1/8, 1/4 and 1/2 are copied, each upsampling folded into a sub-pixel convolution (grow.fold_upsampling); the head, which goes
+Stages at 1/8, 1/4 and 1/2 are copied, each upsampling folded into a sub-pixel convolution (fold.fold_upsampling); the head, which goes
 from 1/2 to the picture in one convolution, is fitted by least squares to the source's own pictures of the configuration's crops.
 The folder that it writes is an `init:` of train.py. It keeps the source's licence: say so in its card.
 """
@@ -17,7 +17,8 @@ from accelerate import Accelerator
 from card import origin, place_of
 from config import read_config
 from data import Sources
-from grow import fit_last_layer, fold_upsampling
+from fit import fit_last_layer
+from fold import fold_upsampling
 from latents import Shards
 from running import sentences
 from torch import Tensor, nn

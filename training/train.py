@@ -25,7 +25,8 @@ from config import Config, build_decoder, read_config
 from data import Sources, pick
 from export import machine, summary, write_export
 from faces import FaceDetector
-from grow import branch, fold_branches, grow
+from fold import branch, fold_branches
+from grow import grow
 from latents import Shards
 from losses import PERCEPTUAL, PLAIN, WEIGHTED, ShiftTolerantLPIPS, perceptual, temporal
 from optimizers import build_optimizers
