@@ -123,6 +123,7 @@ def tell_stand_in(s: "StandIn") -> list[str]:
 def tell_stage(stage: "Stage", steps: int) -> str:
     changes = (
         f"reduced up to {stage.reduce:g} times, {stage.flip:.0%} mirrored, {stage.colour:.0%} recoloured, {stage.grey:.0%} grey, {stage.jpeg:.0%} JPEG"
+        + (f", {stage.vivid:.0%} vivid" if stage.vivid else "")
     )
     clips = (
         f"{stage.clips:.0%} of steps, {stage.clip_batch} x {stage.frames} frames, stride up to {stage.stride}"

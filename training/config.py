@@ -30,6 +30,7 @@ class Stage:
     colour: float = 0.05  # share of crops that pass through a random colour matrix
     grey: float = 0.0  # share of crops that lose their colours
     jpeg: float = 0.0  # share of crops that are compressed and read back
+    vivid: float = 0.0  # share of crops that are sharpened and get more colour and contrast, as generated pictures have them
     clips: float = 0.0  # share of steps that train on clips
     clip_batch: int = 1  # clips a step and process
     frames: int = 8  # consecutive frames of a clip

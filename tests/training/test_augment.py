@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from skimage.data import astronaut
 from torch.utils.data import DataLoader
 
 from .samples import clip, crops, encoded, picture, shard, source, stage
@@ -68,16 +69,26 @@ def test_boxes_follow_the_crop(tmp_path: Path) -> None:
 def test_each_change_can_be_switched_off_and_on() -> None:
     augment = module("augment").augment
     frames = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (1, 3, 32, 32), dtype=np.uint8))
-    off = {"flip": 0.0, "colour": 0.0, "grey": 0.0, "jpeg": 0.0}
+    off = {"flip": 0.0, "colour": 0.0, "grey": 0.0, "jpeg": 0.0, "vivid": 0.0}
     for _ in range(4):
         assert torch.equal(augment(frames, None, stage(**off), np.random.default_rng(0))[0], frames)
     assert torch.equal(augment(frames, None, stage(**{**off, "flip": 1.0}), np.random.default_rng(0))[0], frames.flip(3))
-    for change in ("colour", "grey", "jpeg"):
+    for change in ("colour", "grey", "jpeg", "vivid"):
         assert not torch.equal(augment(frames, None, stage(**{**off, change: 1.0}), np.random.default_rng(0))[0], frames)
     grey = augment(frames, None, stage(**{**off, "grey": 1.0}), np.random.default_rng(0))[0][0]
     assert (grey == grey[:1]).all() and grey.float().std() > 20, "no colour, but a picture"
     with pytest.raises(ValueError, match="short side of at least 64 px to crop from, got 32x32"):
         augment(frames, None, stage(crop=64), np.random.default_rng(0))
+
+
+def test_a_vivid_crop_is_sharper_and_more_colourful_but_no_other_picture() -> None:
+    augment, before = module("augment"), Image.fromarray(astronaut()).resize((128, 128))
+    plain, none, full = (np.asarray(p, np.float64) for p in (before, augment.generated(before, 0, 0, 0), augment.generated(before, 1, 1, 1)))
+    assert np.abs(none - plain).max() <= 1
+    for measure, factor in ((lambda x: np.abs(np.diff(x.mean(2))).mean(), 1.5), (lambda x: x.std(axis=2).mean(), 1.4), (lambda x: x.mean(2).std(), 1.1)):
+        assert measure(full) > factor * measure(plain)
+    luma = np.array([0.299, 0.587, 0.114])
+    assert abs((full.mean((0, 1)) - plain.mean((0, 1))) @ luma) < 10
 
 
 def test_pictures_are_reduced_by_no_more_than_the_stage_says() -> None:
