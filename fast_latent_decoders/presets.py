@@ -58,7 +58,7 @@ PRESETS = {
             "MIT",
             {"widths": (224, 64, 48), "attention_blocks": 8, "residual_blocks": (4, 3, 2), "convs": 3, "block": "tae"},
         ),
-        Preset("subpixel-sd", "SubpixelDecoder", "sd", "MIT", {"widths": (128, 64, 64), "blocks": (4, 3, 1), "convs": 3, "block": "tae"}),
+        Preset("subpixel-sd", "SubpixelDecoder", "sd", "MIT", {"widths": (128, 64, 48), "blocks": (4, 3, 2), "convs": 3, "block": "tae"}),
         Preset(
             "subpixel-temporal-svd",
             "SubpixelTemporalDecoder",
