@@ -77,11 +77,11 @@ class SubpixelTemporalDecoder(FastDecoder):
     @register_to_config
     def __init__(
         self,
-        widths: Sequence[int] = (128, 64, 64),
-        blocks: Sequence[int] = (4, 3, 1),
+        widths: Sequence[int] = (128, 64, 48),
+        blocks: Sequence[int] = (4, 3, 2),
         convs: int = 3,
         block: str = "tae",
-        memory: Sequence[int] = (2, 2, 0),
+        memory: Sequence[int] = (2, 2, 1),
         latent_space: str = "sd",
         latent_channels: int | None = None,
         scaling_factor: float | None = None,

@@ -64,7 +64,7 @@ PRESETS = {
             "SubpixelTemporalDecoder",
             "sd",
             "MIT",
-            {"widths": (128, 64, 64), "blocks": (4, 3, 1), "convs": 3, "block": "tae", "memory": (2, 2, 0)},
+            {"widths": (128, 64, 48), "blocks": (4, 3, 2), "convs": 3, "block": "tae", "memory": (2, 2, 1)},
         ),
         Preset("tae-192-svd", "TAEDecoder", "sd", "MIT", {"width": 192}),
         Preset("tae-temporal-svd", "TAETemporalDecoder", "sd", "MIT", {"width": 192}),
