@@ -163,13 +163,11 @@ def main() -> None:
         face_weight = 1 + (c.faces.weight - 1) * faces.float() if c.faces.weight != 1 else None
         terms = {name: term(decoded, target, face_weight) for name, term in WEIGHTED.items() if c.losses.get(name)}
         terms.update({name: term(decoded, target) for name, term in PLAIN.items() if c.losses.get(name)})
-        for name, distance in features.items():
-            if not c.losses.get(name):
-                continue  # the teacher's alone
+        for name in filter(c.losses.get, features):  # others are the teacher's alone
             # A term may see a share of the batch, another one at each step.
             seen_by = max(1, round(len(z) * c.perceptual_share.get(name, 1.0)))
             rows = torch.randperm(len(z), generator=torch.Generator().manual_seed(seed))[:seen_by]
-            terms[name] = distance(decoded[rows], target[rows])
+            terms[name] = features[name](decoded[rows], target[rows])
         if c.losses.get("temporal") and frames > 1:
             terms["temporal"] = temporal(decoded, target, frames)
         if c.losses.get("reencode"):
