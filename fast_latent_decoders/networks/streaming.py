@@ -16,6 +16,33 @@ from .tae import TAEBlock
 PIXELS = 2**20  # decoded at once: more frames together gain no speed, and take memory
 
 
+class MemoryConv(nn.Conv2d):
+    """A 3x3 convolution of (frame, frame before), 2*width channels to width, as the sum of one of each.
+
+    The same as one of both side by side, up to rounding, without the copy that lays them there (RESULTS.md, "Streaming").
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__(2 * width, width, 3, padding=1)
+
+    def forward(self, x: Tensor, num_frames: int = 1, past: Tensor | None = None) -> Tensor:
+        """(clips*frames, width, h, w) to the same; `past` (clips, width, h, w) is what came before each clip, None: nothing, zeros.
+
+        Raises ValueError: a past of other clips.
+        """
+        frames = x.unflatten(0, (-1, num_frames))
+        if past is not None and past.shape != frames[:, 0].shape:
+            raise ValueError(f"expected the state of as many clips of this size, {tuple(frames[:, 0].shape)}; got {tuple(past.shape)}")
+        this, before = self.weight.chunk(2, 1)
+        result = self._conv_forward(x, this, self.bias)
+        clips = result.unflatten(0, (-1, num_frames))
+        if num_frames > 1:
+            clips[:, 1:] += self._conv_forward(frames[:, :-1].flatten(0, 1), before, None).unflatten(0, (-1, num_frames - 1))
+        if past is not None:
+            clips[:, 0] += self._conv_forward(past, before, None)
+        return result
+
+
 class Memory(Residual):
     """A residual block whose first convolution reads (frame, frame before); new, it ignores the frame before."""
 
@@ -24,19 +51,16 @@ class Memory(Residual):
     def __init__(self, width: int, convs: int) -> None:
         super().__init__(width, convs)
         plain = self.conv[0].state_dict()
-        self.conv[0] = nn.Conv2d(2 * width, width, 3, padding=1)
+        self.conv[0] = MemoryConv(width)
         self.conv[0].load_state_dict({**plain, "weight": torch.cat([plain["weight"], torch.zeros_like(plain["weight"])], 1)})
 
     def forward(self, x: Tensor, num_frames: int | None = None, past: Tensor | None = None) -> Tensor:
-        """(clips*frames, C, h, w) to the same; `past` (clips, C, h, w) is what came before each clip, None: nothing, zeros.
-
-        Raises ValueError: a past of other clips.
-        """
-        before = x.unflatten(0, (-1, num_frames or 1)).roll(1, dims=1)
-        if past is not None and past.shape != before[:, 0].shape:
-            raise ValueError(f"expected the state of as many clips of this size, {tuple(before[:, 0].shape)}; got {tuple(past.shape)}")
-        before[:, 0] = 0 if past is None else past
-        return self.join(x, self.conv(torch.cat([x, before.flatten(0, 1)], 1)))
+        """(clips*frames, C, h, w) to the same, `past` as in `MemoryConv`."""
+        first, *others = self.conv
+        residual = first(x, num_frames or 1, past)
+        for layer in others:
+            residual = layer(residual)
+        return self.join(x, residual)
 
 
 class MemoryResidualBlock(Memory, ResidualBlock):
