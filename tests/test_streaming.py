@@ -77,6 +77,16 @@ def test_a_new_memory_ignores_the_past() -> None:
         torch.testing.assert_close(fast.decode(z.flatten(0, 1)).sample, whole(fast, z).flatten(0, 1), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("with_past", [False, True])
+def test_a_memory_reads_the_frame_and_the_one_before_it_side_by_side(with_past: bool) -> None:
+    torch.manual_seed(0)
+    conv = streaming.MemoryConv(3)
+    clips, past = torch.randn(2, 4, 3, 5, 6), torch.randn(2, 1, 3, 5, 6)
+    before = torch.cat([past if with_past else torch.zeros_like(past), clips[:, :-1]], 1)
+    expected = torch.nn.functional.conv2d(torch.cat([clips, before], 2).flatten(0, 1), conv.weight, conv.bias, padding=1)
+    torch.testing.assert_close(conv(clips.flatten(0, 1), 4, past[:, 0] if with_past else None), expected)
+
+
 def test_gradients_reach_the_past() -> None:
     fast, z = tiny.decoder("streaming", "sd"), clips().requires_grad_()
     fast.decode(z.flatten(0, 1), num_frames=7).sample.unflatten(0, (2, 7))[0, 4].sum().backward()
