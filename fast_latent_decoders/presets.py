@@ -68,6 +68,13 @@ PRESETS = {
         ),
         Preset("tae-192-svd", "TAEDecoder", "sd", "MIT", {"width": 192}),
         Preset("tae-temporal-svd", "TAETemporalDecoder", "sd", "MIT", {"width": 192}),
+        Preset(
+            "efficientvit-svd",
+            "EfficientViTDecoder",
+            "sd",
+            "MIT",
+            {"widths": (224, 64, 48), "attention_blocks": 8, "residual_blocks": (4, 3, 2), "convs": 3, "block": "tae"},
+        ),
         Preset("taesdxl", "TAEDecoder", "sdxl", "MIT", {"width": 64}),
         Preset("taesd", "TAEDecoder", "sd", "MIT", {"width": 64}),
     )
