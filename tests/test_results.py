@@ -105,6 +105,43 @@ def test_the_summary_has_who_was_measured_and_the_own_decoder(results: ModuleTyp
     ]
 
 
+def asked_of(results: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, psnr: float, low: float) -> list[str]:
+    """The one row of targets, of a decoder with this difference in PSNR at half of the table and from `low` on with all of it."""
+    record = quality()
+    record["colours"]["b"] = {"psnr": 30.0, "worst": 30.0, "textured": 41.5}
+    for share, figures in record["figures"].items():
+        for name in figures:
+            figures[name] |= {"tint": figure(1.0), "sharpness": figure(0.95), **{f"tint_{c}": figure(-0.5) for c in "rgb"}}
+            figures[name] |= {metric: figure(0.5, difference={"mean": -0.01, "low": -0.02, "high": 0.0}) for metric in results.targets.QUALITY[1:]}
+        figures["a"]["psnr"]["difference"] = {"mean": psnr, "low": low, "high": low + 0.1} if share == "1" else {"mean": psnr, "low": psnr, "high": psnr}
+    monkeypatch.setattr(results.targets, "WANTED", {"a": {"psnr": 0.7, "stlpips": 0.0, "flat": 42.0}})
+    (tmp_path / "a").mkdir(exist_ok=True)
+    (tmp_path / "a" / "quality.json").write_text(json.dumps(record))
+    rows = [line for line in results.targets.markdown(tmp_path).splitlines() if line.startswith("| `a`")]
+    assert len(rows) == 1, "in the table of pictures only"
+    return [" ".join(part.split()) for part in rows[0].strip("|").split("|")]
+
+
+def test_targets_in_bold_fall_short(results: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, psnr, ssim, _, _, stlpips, channel, size, sharp, flat, worst, textured, back = asked_of(results, tmp_path, monkeypatch, 0.8, 0.1)
+    assert (name, psnr, stlpips, ssim) == ("`a`", "+0.80 (0.70)", "-0.0100 (0.0000)", "-0.0100")  # SSIM was not asked for
+    assert (channel, size, sharp) == ("-0.5 (1.0)", "**1.00** (1.00)", "0.95 (0.90)")
+    assert (flat, worst, textured, back) == ("**40.0** (42.0)", "9.0", "**41.0** (41.5)", "none")
+    fallen = asked_of(results, tmp_path, monkeypatch, 0.5, -0.3)
+    assert fallen[1] == "**+0.50** (0.70)" and fallen[-1] == "PSNR at 1"
+
+    rival = json.loads((tmp_path / "a" / "quality.json").read_text())
+    for figures in rival["figures"].values():
+        figures["c"] = {**figures["a"], "psnr": figure(25, difference={"mean": 0.9, "low": 0.9, "high": 0.9})}
+    rival["colours"]["c"] = rival["colours"]["a"]
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "quality.json").write_text(json.dumps(rival))
+    monkeypatch.setattr(results.targets, "RIVALS", {"a": ["c"]})
+    monkeypatch.setattr(results.targets, "WANTED", {name: {"psnr": 0.7, "flat": 42.0} for name in "ac"})
+    rows = [line.split("|")[2].strip() for line in results.targets.markdown(tmp_path).splitlines() if line.startswith(("| `a`", "| `c`"))]
+    assert rows == ["**+0.50** (0.90)", "+0.90 (0.70)"]
+
+
 @pytest.mark.parametrize(
     ("option", "content", "message"),
     [

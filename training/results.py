@@ -4,8 +4,8 @@
     fld bench subpixel-sdxl taesdxl --size 512 --size 1024 --json bench.json
     python training/results.py subpixel-sdxl --quality evaluation/report.json --speed bench.json
 
-copies both records to hub_cards/<preset>/ as quality.json and speed.json, and writes the tables between the marks in the card, and a short
-one in README.md. Without options it only writes the tables anew; --check writes nothing and fails where one differs.
+copies both records to hub_cards/<preset>/ as quality.json and speed.json, and writes the tables between the marks in the card, a short one in
+README.md, and what was asked and what is there (targets.py) in RESULTS.md. Without options it only writes the tables anew; --check writes nothing and fails where one differs.
 """
 
 import argparse
@@ -15,6 +15,8 @@ import re
 import sys
 from pathlib import Path
 from typing import Any
+
+import targets
 
 from fast_latent_decoders.atomic import replacing
 from fast_latent_decoders.evaluation import report, tables
@@ -191,6 +193,8 @@ def main() -> None:
         made = {CARDS / preset / "README.md": block(preset) for preset in arguments.presets}
         if set(SUMMARISED) & set(arguments.presets):
             made[ROOT / "README.md"] = "\n\n".join(map(summary, SUMMARISED)) + "\n"
+        if set(targets.WANTED) & set(arguments.presets):
+            made[ROOT / "training" / "RESULTS.md"] = targets.markdown(CARDS)
         stale = [(path, text) for path, told in made.items() if (text := updated(path, told)) != path.read_text()]
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
