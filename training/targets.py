@@ -33,8 +33,9 @@ TINT = 1.0  # 1/255, of each channel's mean
 
 
 def markdown(cards: Path) -> str:
-    """A table for pictures and one for clips. Raises OSError where a record is missing."""
-    records = {name: json.loads((cards / name / "quality.json").read_text()) for name in WANTED}
+    """A table for pictures and one for clips, of the presets that were measured."""
+    paths = {name: cards / name / "quality.json" for name in WANTED}
+    records = {name: json.loads(path.read_text()) for name, path in paths.items() if path.is_file()}
     parts = []
     for metrics in (QUALITY, QUALITY + IN_TIME):
         names = [name for name, record in records.items() if (IN_TIME[0] in of(record, name)) == (metrics != QUALITY)]
@@ -50,7 +51,7 @@ def row(name: str, records: dict[str, Record], metrics: Sequence[str]) -> list[s
     cells = [f"`{name}`"]
     for metric in metrics:
         best = max if METRICS[metric].better == "higher" else min
-        asked = best([wanted[metric], *(change(records[rival], rival, metric) for rival in RIVALS.get(name, []))]) if metric in wanted else None
+        asked = best([wanted[metric], *(change(records[rival], rival, metric) for rival in RIVALS.get(name, []) if rival in records)]) if metric in wanted else None
         found = change(record, name, metric)
         cells.append(cell(found, asked, asked is None or best(found, asked) == found, f"+.{METRICS[metric].digits}f"))
     tint, size, theirs, sharp = max((mine[f"tint_{c}"]["mean"] for c in "rgb"), key=abs), mine["tint"]["mean"], baseline["tint"]["mean"], mine["sharpness"]["mean"]
