@@ -41,7 +41,7 @@ class Preset:
 
     @property
     def mac_per_pixel(self) -> float:
-        """Multiply-accumulates for each pixel of the picture, counted at 512 px."""
+        """Multiply-accumulates for each pixel of the picture, counted at 512 px; of a clip, for a frame that has one before it."""
         return _count(self.class_name, json.dumps(self.config))[1]
 
 
@@ -150,7 +150,7 @@ def locate(name: str) -> str:
 
 @cache
 def _count(class_name: str, config: str) -> tuple[int, float]:
-    """Parameters, and multiply-accumulates per pixel at 512 px, from a network without weights; its configuration is JSON."""
+    """Parameters, and multiply-accumulates per pixel of one more frame at 512 px, from a network without weights; its configuration is JSON."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -158,7 +158,9 @@ def _count(class_name: str, config: str) -> tuple[int, float]:
 
     with torch.device("meta"):
         decoder = FastDecoder.families[class_name](**json.loads(config))
-        z = torch.empty(1, decoder.config.latent_channels, 64, 64)
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            decoder.decoder(z)
-    return sum(p.numel() for p in decoder.parameters()), counter.get_total_flops() / 2 / 512**2
+        counted = []
+        for frames in (1, 2):  # a clip's first frame has nothing before it to look at
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                decoder.decoder(torch.empty(frames, decoder.config.latent_channels, 64, 64), frames)
+            counted.append(counter.get_total_flops())
+    return sum(p.numel() for p in decoder.parameters()), (counted[1] - counted[0]) / 2 / 512**2

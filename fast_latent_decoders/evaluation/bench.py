@@ -101,7 +101,8 @@ def _about(subject: Subject) -> dict[str, Any]:
         "parameters": subject.parameters,
         "fp16_bytes": 2 * subject.parameters,
         "file_bytes": subject.file_bytes,
-        "mac_per_pixel": subject.counted(512, 1, None, 4)[0] / 512**2,
+        # Of one more frame or picture: a clip's first frame has nothing before it to look at.
+        "mac_per_pixel": (subject.counted(512, 2, 2, 4)[0] - subject.counted(512, 1, 1, 4)[0]) / 512**2,
     }
 
 
