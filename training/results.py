@@ -14,26 +14,21 @@ import math
 import re
 import sys
 from pathlib import Path
-from typing import Any
 
 import targets
+from targets import IN_TIME, METRICS, Record, middle
 
 from fast_latent_decoders.atomic import replacing
 from fast_latent_decoders.evaluation import report, tables
-from fast_latent_decoders.evaluation.metrics import METRICS as PICTURE_METRICS
-from fast_latent_decoders.evaluation.temporal import VIDEO_METRICS
 
 ROOT = Path(__file__).parent.parent
 CARDS = ROOT / "hub_cards"
 BLOCK = re.compile(r"(?<=<!-- results -->\n).*?(?=<!-- end of results -->)", re.DOTALL)
-METRICS = PICTURE_METRICS | VIDEO_METRICS
-IN_TIME = ("temporal_difference", "flicker", "warping_excess")
 COLUMNS = ("psnr", "ssim", "ms_ssim", "ssimulacra2", "stlpips", "tint", "sharpness", "mesh", *IN_TIME)  # where they were measured
 BRIEF = ("psnr", "ssim", "ssimulacra2", "stlpips", *IN_TIME)
 ARROWS = {"higher": " ↑", "lower": " ↓", "one": " → 1", "zero": " → 0"}
 SUMMARISED = ("subpixel-sdxl", "subpixel-sd", "subpixel-temporal-svd")  # presets whose records README sums up
 TUNED = ", tuned"  # how a report calls a control row
-Record = dict[str, Any]
 
 
 def quality_of(path: Path, preset: str) -> Record:
@@ -138,11 +133,6 @@ def summary(preset: str) -> str:
     head = ["decoder", "fp16 MB", f"{size} px{of_frames(speed)}, ms", "times as fast", *map(title, columns), "real flat colours, dB ↑"]
     told = f"{quality['n']} held-out {'clips' if IN_TIME[0] in columns else 'pictures'}, {share} of the colour table; bold: ahead of `{baseline}` with 95 % confidence. "
     return f"{tables.markdown(head, lines)}\n\n{told}{tables.machine_lines(speed).splitlines()[0]}. Everything, other shares too: [{preset}](hub_cards/{preset}/README.md)."
-
-
-def middle(record: Record) -> str:
-    """The share of the colour table that differences are given at."""
-    return list(record["figures"])[len(record["figures"]) // 2]
 
 
 def of_frames(record: Record) -> str:

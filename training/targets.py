@@ -70,10 +70,14 @@ def row(name: str, records: dict[str, Record], metrics: Sequence[str]) -> list[s
     return [*cells, ", ".join(back) or "none"]
 
 
+def middle(record: Record) -> str:
+    """The share of the colour table that differences are given at."""
+    return list(record["figures"])[len(record["figures"]) // 2]
+
+
 def of(record: Record, name: str) -> Record:
     """Its figures at the middle share of the colour table."""
-    figures = record["figures"]
-    return figures[list(figures)[len(figures) // 2]][name]
+    return record["figures"][middle(record)][name]
 
 
 def change(record: Record, name: str, metric: str) -> float:
