@@ -2,6 +2,7 @@
 
 import csv
 import json
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,12 @@ from typer.testing import CliRunner
 
 from fast_latent_decoders import FastDecoder, SubpixelDecoder
 from fast_latent_decoders.cli import app
-from fast_latent_decoders.evaluation import colour, report
-from fast_latent_decoders.evaluation.decoders import colour_fit, colour_sums, load_candidate, recoloured
+from fast_latent_decoders.evaluation import colour, report, sheets
+from fast_latent_decoders.evaluation.decoders import Candidate, colour_fit, colour_sums, load_candidate, recoloured
 from fast_latent_decoders.evaluation.encoders import Encoder, StandIn, load_encoder
 from fast_latent_decoders.evaluation.reading import read_picture
-from fast_latent_decoders.evaluation.run import prepare, slug, to_bytes
+from fast_latent_decoders.evaluation.run import Eyes, Settings, decode_sample, prepare, slug, to_bytes
+from fast_latent_decoders.evaluation.samples import Entry, Source
 from fast_latent_decoders.files import write_latents
 
 from .pipelines import tiny
@@ -186,7 +188,14 @@ class Page(HTMLParser):
             self.headings.append(data)
 
 
-def test_a_colour_table_is_reported_at_three_shares_beside_real_colours(tmp_path: Path, decoder: str, pictures: Path) -> None:
+def test_a_colour_table_is_reported_at_three_shares_beside_real_colours(tmp_path: Path, decoder: str, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[tuple[str, str, float]] = []
+
+    def noted(protocol: Settings, eyes: Eyes, candidates: Sequence[Candidate], source: Source, entry: Entry) -> Any:
+        shown.extend((entry.key, candidate.name, share) for candidate in candidates for share in protocol.shares)
+        return decode_sample(protocol, eyes, candidates, source, entry)
+
+    monkeypatch.setattr(sheets, "decode_sample", noted)
     save_file({"delta": torch.full((4, 21, 21, 21), 0.3)}, tmp_path / "table.safetensors")
     colours = {"srgb": torch.rand(3, 3), "latent": torch.randn(3, 4)}
     save_file(colours, tmp_path / "colours.safetensors")
@@ -208,6 +217,8 @@ def test_a_colour_table_is_reported_at_three_shares_beside_real_colours(tmp_path
     assert page.pictures >= 4
     assert any(heading.startswith("Flat colours of taesdxl") for heading in page.headings)
     assert any(heading.startswith("Worst of") for heading in page.headings)
+    # the contact sheet and those of the worst show the same samples: decoded once, at the middle alone
+    assert sorted(shown) == sorted({(key, name, 0.5) for key, name, _ in shown}) and len(shown) == 6
 
 
 def test_flat_colours_are_measured_at_the_centre() -> None:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -40,25 +41,27 @@ def draw(
     baseline: str,
 ) -> dict[str, Image.Image]:
     """Title -> picture, at the middle share of the colour table."""
-    share = protocol.shares[len(protocol.shares) // 2]
+    protocol = at_middle(protocol)
+    share = protocol.shares[0]
     truth = eyes.reference.name if eyes.reference else "source"
     entries = {entry.key: (source, entry) for source, entry in protocol.chosen}
     by = next((m for m in ("stlpips", "psnr") if m in infos), next(iter(infos), None))
+    first: dict[tuple[str, str], np.ndarray] = {}  # frames, by sample and decoder: most sheets show the same samples
 
     def compared(keys: Sequence[str], shown: Sequence[Candidate], maps: bool) -> list[Compared]:
         found = []
         for key in keys:
-            x, decoded = decode_sample(protocol, eyes, shown, *entries[key])
+            x, decoded = decode_sample(protocol, eyes, [c for c in shown if (key, c.name) not in first], *entries[key])
+            first.update({(key, candidate.name): as_array(to_bytes(y[:1]))[0] for candidate, _, y in decoded})
+            source = as_array(x[:1])[0]
             pictures: dict[str, np.ndarray] = {}
-            for candidate, at, y in decoded:
-                if at == share:
-                    made = to_bytes(y[:1])
-                    pictures[candidate.name] = as_array(made)[0]
-                    if maps:
-                        error = (made.int() - x[:1].int()).abs().mul(GAIN).clamp_max(255)
-                        pictures[f"{candidate.name}: error x{GAIN}"] = as_array(error.byte())[0]
+            for candidate in shown:
+                made = pictures[candidate.name] = first[key, candidate.name]
+                if maps:
+                    error = GAIN * np.abs(made.astype(int) - source)
+                    pictures[f"{candidate.name}: error x{GAIN}"] = error.clip(max=255).astype(np.uint8)
             figures = {c.name: figures_of(store, key, c.name, share) for c in shown}
-            found.append(Compared(key.split("/")[-1], as_array(x[:1])[0], pictures, figures))
+            found.append(Compared(key.split("/")[-1], source, pictures, figures))
         return found
 
     done = [key for key in entries if any(row["key"] == key for row in store.rows)]
@@ -75,20 +78,25 @@ def draw(
                 sheets[f"Worst of {candidate.name}, by {infos[by].title}"] = draw_sheet([c.name for c in shown], compared(worst, shown, maps=False), truth)
     if protocol.sources[0].kind.endswith("clips"):
         for key in spread[:2]:
-            sheets[f"Frames of {key.split('/')[-1]}"] = draw_strip(clip_rows(protocol, eyes, candidates, entries[key], share))
+            sheets[f"Frames of {key.split('/')[-1]}"] = draw_strip(clip_rows(protocol, eyes, candidates, entries[key]))
     return sheets
 
 
-def clip_rows(protocol: Settings, eyes: Eyes, candidates: Sequence[Candidate], entry: Any, share: float) -> dict[str, np.ndarray]:
-    """"truth" and each decoder's frames, (T, H, W, 3) uint8."""
+def at_middle(protocol: Settings) -> Settings:
+    """The middle share of the colour table alone: no other is shown, so none is decoded."""
+    return replace(protocol, shares=[protocol.shares[len(protocol.shares) // 2]])
+
+
+def clip_rows(protocol: Settings, eyes: Eyes, candidates: Sequence[Candidate], entry: Any) -> dict[str, np.ndarray]:
+    """"truth" and each decoder's frames at the protocol's one share, (T, H, W, 3) uint8."""
     x, decoded = decode_sample(protocol, eyes, candidates, *entry)
-    return {eyes.reference.name if eyes.reference else "truth": as_array(x)} | {candidate.name: as_array(to_bytes(y)) for candidate, at, y in decoded if at == share}
+    return {eyes.reference.name if eyes.reference else "truth": as_array(x)} | {candidate.name: as_array(to_bytes(y)) for candidate, _, y in decoded}
 
 
 def first_clip(protocol: Settings, eyes: Eyes, candidates: Sequence[Candidate], store: Store) -> dict[str, np.ndarray]:
     """Of the first clip that was measured, "truth" and each decoder's frames, at the middle share."""
     entry = next(pair for pair in protocol.chosen if any(row["key"] == pair[1].key for row in store.rows))
-    return clip_rows(protocol, eyes, candidates, entry, protocol.shares[len(protocol.shares) // 2])
+    return clip_rows(at_middle(protocol), eyes, candidates, entry)
 
 
 def figures_of(store: Store, key: str, decoder: str, share: float) -> dict[str, float | None]:
