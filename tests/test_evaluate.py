@@ -192,6 +192,7 @@ def test_a_colour_table_is_reported_at_three_shares_beside_real_colours(tmp_path
     shown: list[tuple[str, str, float]] = []
 
     def noted(protocol: Settings, eyes: Eyes, candidates: Sequence[Candidate], source: Source, entry: Entry) -> Any:
+        assert (tmp_path / "out" / "report.json").exists()  # figures do not wait for pictures
         shown.extend((entry.key, candidate.name, share) for candidate in candidates for share in protocol.shares)
         return decode_sample(protocol, eyes, candidates, source, entry)
 

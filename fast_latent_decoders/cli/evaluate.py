@@ -157,14 +157,15 @@ def evaluate(
         if eyes.encoder.colours is not None:
             results["colours"], swatches = sheets.colour_report(protocol, eyes.encoder, candidates, colours_every)
             pictures |= swatches
-        pictures |= sheets.draw(protocol, eyes, candidates, store, infos, baseline)
         store.write_csv()
-        if clips:
-            write_clip(out / "side-by-side.mp4", side_by_side(sheets.first_clip(protocol, eyes, candidates, store)), 8, force=True)
         with replacing(out / "report.json", force=True) as path:
             path.write_text(json.dumps(results, indent=1) + "\n")
         with replacing(out / "report.md", force=True) as path:
             path.write_text(report.markdown(results, infos, titles))
+        # figures are there before pictures are, which are decoded anew
+        pictures |= sheets.draw(protocol, eyes, candidates, store, infos, baseline)
+        if clips:
+            write_clip(out / "side-by-side.mp4", side_by_side(sheets.first_clip(protocol, eyes, candidates, store)), 8, force=True)
         with replacing(out / "report.html", force=True) as path:
             path.write_text(report.page(results, infos, titles, pictures))
         for title, picture in pictures.items():
