@@ -30,7 +30,7 @@ FAMILIES = {
 TERMS = {
     "l1": "L1", "mse": "squared error", "charbonnier": "Charbonnier, a smooth L1", "frequency": "difference of the spectra",
     "ms_ssim": "1 - MS-SSIM", "colour": "L1 of the means over 8x8 px", "detail": "local contrast near Nyquist, too little of it weighing more", "lattice": "rms of a pattern that errors repeat every 2 or 8 px", "temporal": "difference of the changes between frames",
-    "reencode": "difference of the latents when encoded again", "lpips": "LPIPS on VGG16 (BSD-2-Clause, Zhang et al.)",
+    "flat": "L1 of real flat colours as an endless surface shows them", "reencode": "difference of the latents when encoded again", "lpips": "LPIPS on VGG16 (BSD-2-Clause, Zhang et al.)",
     "stlpips": "shift-tolerant LPIPS (BSD-2-Clause, Ghildyal and Liu)", "squeeze": "features of SqueezeNet 1.1 (BSD, DeepScale)",
 }  # fmt: skip
 METRICS = {
@@ -224,6 +224,7 @@ def make_card(c: "Config", model: FastDecoder, summary: dict[str, Any], machine:
         f"{summary.get('steps', 0):,} steps in {summary.get('hours', 0):g} hours on {machine}, precision {start.get('precision', 'not logged')},",
         f"{per_step}, learning rate {c.lr:g}{' (Muon)' if c.optimizer == 'muon' else ''}, average of the weights {c.ema:g}.",
         *([f"The weights are {average:g} of the run's and {1 - average:g} of those it began with (`average.py`)."] if average is not None else []),
+        *tell_recoloured(summary.get("recoloured")),
         *tell_before(summary.get("before")),
         f"`run.json` holds every setting{f', of each of the {starts} starts of the run' if starts > 1 else ''}.\n",
         "| from step | crops | a batch | changes before encoding | clips |\n|---|---|---|---|---|",
@@ -231,6 +232,12 @@ def make_card(c: "Config", model: FastDecoder, summary: dict[str, Any], machine:
         "\n## Licence\n\n" + tell_licence(c.init, first, licence),
     ]
     return "\n".join(lines) + "\n"
+
+
+def tell_recoloured(told: dict[str, Any] | None) -> list[str]:
+    if told is None:
+        return []
+    return ["Its last layer was then fitted to flat colours without a border in view (`recolour.py`); the measurement above is from after it."]
 
 
 def tell_before(run: dict[str, Any] | None) -> list[str]:

@@ -138,6 +138,8 @@ class Config:
             raise ValueError(f"{latents[0]} is of latents: a decoder is trained and measured on pictures or clips")
         if self.gan.normalised and self.gan.adaptive:
             raise ValueError("gan.normalised sets the gradient's length itself: give gan.adaptive=false with it")
+        if self.losses.get("flat") and not self.stand_in.colours:
+            raise ValueError("the term flat needs stand_in.colours, a file of latents of flat colours")
         if self.init and self.warm_start:
             raise ValueError("init begins a new run with given weights, warm_start goes on with one: give one of them")
         kinds = {source.kind for source in self.data}

@@ -136,7 +136,7 @@ def write_export(out: Path, model: FastDecoder, c: "Config", summary: dict[str, 
         p: version(p) for p in ("fast-latent-decoders", "torch", "diffusers", "accelerate")
     }
     earlier = place_of(c.init) / "run.json" if c.init else None
-    if earlier and earlier.exists():  # weights that were trained before
+    if earlier and earlier.exists() and "before" not in summary:  # weights that were trained before
         summary = {**summary, "before": json.loads(earlier.read_text())}
     run = {**summary, "machine": where, "versions": versions}
     with whole_folder(target) as folder:

@@ -105,7 +105,7 @@ def temporal(decoded: Tensor, target: Tensor, frames: int) -> Tensor:
 WEIGHTED = {term.__name__: term for term in (l1, mse, charbonnier)}  # take a map of weights
 PLAIN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {term.__name__: term for term in (frequency, ms_ssim, colour, detail, lattice)}
 PERCEPTUAL = ("lpips", "stlpips", "squeeze")
-TERMS = {"pixels": (*WEIGHTED, *PLAIN), "perceptual": PERCEPTUAL, "temporal": ("temporal",), "encoder": ("reencode",)}
+TERMS = {"pixels": (*WEIGHTED, *PLAIN), "perceptual": PERCEPTUAL, "temporal": ("temporal",), "encoder": ("reencode",), "colours": ("flat",)}
 
 # ---------------------------------------------------------------- features
 

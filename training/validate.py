@@ -19,6 +19,7 @@ from fast_latent_decoders.evaluation.run import to_bytes
 from fast_latent_decoders.sheet import Compared, draw_sheet
 
 Decode = Callable[[Tensor, int], Tensor]  # scaled latents (N, C, h, w) and frames of a clip to pictures (N, 3, 8h, 8w) in [-1, 1]
+MEASURED_COLOURS = 97  # each so many-th of the real flat colours
 
 
 def latents_of(encoder: FrozenEncoder, samples: list[Sample]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -86,7 +87,7 @@ def measure(
     columns = {key: [row[key] for row in rows if key in row] for key in {key: None for row in rows for key in row}}
     # One picture of little detail can have any ratio: the median.
     means = {key: float((np.median if key == "sharpness" else np.mean)(column)) for key, column in columns.items()}
-    return {key: round(value, 4) for key, value in {**means, **flat_colours(decode, encoder, every=97)}.items()}
+    return {key: round(value, 4) for key, value in {**means, **flat_colours(decode, encoder, every=MEASURED_COLOURS)}.items()}
 
 
 @torch.no_grad()

@@ -58,11 +58,34 @@ def test_the_fit_is_least_squares_whatever_the_batches(fit: ModuleType) -> None:
     assert gradients[0].norm() < 1e-3 * gradients[1].norm()
 
 
+def test_what_has_no_targets_stays(fit: ModuleType) -> None:
+    """The more weight samples without targets have, the less those with targets change the network there."""
+    z, targets, held = torch.randn(2, 4, 6, 5), torch.randn(2, 3, 48, 40), torch.randn(6, 4, 6, 5)
+    source, moved, missed = made("subpixel"), [], []
+    for weight in (0.1, 10.0):
+        target = made("subpixel")
+        module("grow").grow(source, target)
+        fitted = fit.LastLayerFit(target.decoder)
+        fitted.add(held, None, weight, positions=500)
+        fitted.add(z, targets)
+        fitted.solve()
+        moved.append((target.decoder(held) - source.decoder(held)).square().mean())
+        missed.append((target.decoder(z) - targets).square().mean())
+    assert moved[1] < moved[0] / 2
+    assert missed[0] < missed[1] < (source.decoder(z) - targets).square().mean()
+
+
 def test_bad_fits_are_errors(fit: ModuleType) -> None:
     network, z, pictures = made("tae").decoder, torch.randn(1, 4, 2, 3), torch.rand(1, 3, 16, 24)
-    for bad in ((z, pictures[..., 1:]), (z, pictures.byte()), (z, pictures, 0.0), (z[:0], pictures[:0])):
+    for bad in ((z, pictures[..., 1:]), (z, pictures.byte()), (z[:0], pictures[:0])):
         with pytest.raises(ValueError, match="expected latents"):
             fit.fit_last_layer(network, *bad)
+    with pytest.raises(ValueError, match=r"a ridge above 0, got ridge 0\.0 and some samples"):
+        fit.fit_last_layer(network, z, pictures, 0.0)
+    with pytest.raises(ValueError, match="and no samples"):
+        fit.LastLayerFit(network).solve()
+    with pytest.raises(ValueError, match=r"\(M \* 2, C, h, w\)"):
+        fit.LastLayerFit(network).add(z, pictures, frames=2)
     module("fold").branch(network)
     with pytest.raises(ValueError, match="fold branches first"):
         fit.fit_last_layer(network, z, pictures)

@@ -1,0 +1,52 @@
+"""Flat colours as the inside of an endless surface shows them.
+
+In a crop of 128 px every pixel sees the border and its zeros, so colours that are learnt from crops are those beside a border;
+inside a large surface they come out otherwise (RESULTS.md, "Colours away from the border").
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from fast_latent_decoders.networks.blocks import BlockNetwork
+
+
+@contextmanager
+def endless(network: nn.Module) -> Iterator[None]:
+    """A network whose latents go on beyond every edge as they began: what it makes of a few is the inside of an endless surface.
+
+    Convolutions over time keep their zeros: a clip has a beginning.
+    """
+    changed = [m for m in network.modules() if isinstance(m, nn.Conv2d) and m.padding_mode == "zeros" and m.padding[0] == m.padding[1] != 0]
+    kept = [list(conv._reversed_padding_repeated_twice) for conv in changed]
+    for conv in changed:
+        conv.padding_mode = "circular"
+        conv._reversed_padding_repeated_twice = [int(conv.padding[0])] * 4  # what nn.Conv2d pads with, unless by zeros
+    try:
+        yield
+    finally:
+        for conv, padding in zip(changed, kept, strict=True):
+            conv.padding_mode, conv._reversed_padding_repeated_twice = "zeros", padding
+
+
+def surfaces(network: BlockNetwork, srgb: Tensor, latents: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Colours (N, 3) in [0, 1] and their scaled latents (N, C) as latents and targets of endless surfaces, and the frames of each.
+
+    For a network that mixes frames they are clips of two that stand still: one frame with a past, one without. Call it in `endless`.
+    """
+    frames = 2 if network.mixes_frames else 1
+    z = latents.repeat_interleave(frames, 0)[:, :, None, None].expand(-1, -1, 2, 2)  # what a 5x5 convolution can be wrapped round
+    target = (srgb * 2 - 1).repeat_interleave(frames, 0)[:, :, None, None].expand(-1, -1, 16, 16)
+    return z, target, frames
+
+
+def flat(network: BlockNetwork, colours: dict[str, Tensor], count: int, seed: int) -> Tensor:
+    """The loss term: L1 of `count` real colours of endless surfaces, drawn by `seed`; beyond white and black nothing is asked."""
+    rows = torch.randint(len(colours["srgb"]), (count,), generator=torch.Generator().manual_seed(seed))
+    device = next(network.parameters()).device
+    z, target, frames = surfaces(network, *(colours[key][rows].to(device) for key in ("srgb", "latent")))
+    with endless(network):
+        decoded = network(z.contiguous(memory_format=torch.channels_last), frames).float()
+    return (decoded.clamp(-1, 1) - target).abs().mean()
