@@ -73,7 +73,7 @@ def test_flat_colours_beyond_white_and_black_cost_nothing(flats: ModuleType) -> 
 
 def test_a_run_learns_them(tmp_path: Path, colours: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = config(tmp_path, "run")
-    common = ["gan.weight=0", "steps=40", "lr=3e-3", f"stand_in.colours={colours}", "stand_in.transplants=0", "stages=[{crop: 32, batch: 4}]"]
+    common = ["gan.weight=0", "branches=true", "steps=40", "lr=3e-3", f"stand_in.colours={colours}", "stand_in.transplants=0", "stages=[{crop: 32, batch: 4}]"]
     for name, losses in (("without", "{l1: 1}"), ("with", "{l1: 1, flat: 5}")):
         run(made, *common, f"losses={losses}", f"out={tmp_path / name}", monkeypatch=monkeypatch)
     errors = []
