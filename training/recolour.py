@@ -50,7 +50,7 @@ def add_flat(fit: LastLayerFit, srgb: Tensor, latents: Tensor, weight: float) ->
     """Colours (N, 3) in [0, 1] and their latents (N, C), as endless surfaces."""
     z, target, frames = surfaces(fit.network, srgb, latents)
     with endless(fit.network):
-        own = fit.network(z, frames)
+        own = torch.cat([fit.network(part, frames) for part in z.split(64 * frames)])
         beyond = (target.abs() == 1) & (own * target > 1)  # is cut off anyway
         fit.add(z, torch.where(beyond, own, target), weight, frames, batch=64, positions=64 * frames * POSITIONS[1])
 
