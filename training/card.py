@@ -224,7 +224,7 @@ def make_card(c: "Config", model: FastDecoder, summary: dict[str, Any], machine:
         f"{summary.get('steps', 0):,} steps in {summary.get('hours', 0):g} hours on {machine}, precision {start.get('precision', 'not logged')},",
         f"{per_step}, learning rate {c.lr:g}{' (Muon)' if c.optimizer == 'muon' else ''}, average of the weights {c.ema:g}.",
         *([f"The weights are {average:g} of the run's and {1 - average:g} of those it began with (`average.py`)."] if average is not None else []),
-        *tell_recoloured(summary.get("recoloured")),
+        *(["Its last layer was then fitted to flat colours without a border in view (`recolour.py`); the measurement above is from after it."] if "recoloured" in summary else []),
         *tell_before(summary.get("before")),
         f"`run.json` holds every setting{f', of each of the {starts} starts of the run' if starts > 1 else ''}.\n",
         "| from step | crops | a batch | changes before encoding | clips |\n|---|---|---|---|---|",
@@ -232,12 +232,6 @@ def make_card(c: "Config", model: FastDecoder, summary: dict[str, Any], machine:
         "\n## Licence\n\n" + tell_licence(c.init, first, licence),
     ]
     return "\n".join(lines) + "\n"
-
-
-def tell_recoloured(told: dict[str, Any] | None) -> list[str]:
-    if told is None:
-        return []
-    return ["Its last layer was then fitted to flat colours without a border in view (`recolour.py`); the measurement above is from after it."]
 
 
 def tell_before(run: dict[str, Any] | None) -> list[str]:

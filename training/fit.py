@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 from fold import is_plain_3x3
-from torch import Tensor, nn
+from torch import Tensor
 
 from fast_latent_decoders.networks.blocks import BlockNetwork, SubpixelUp
 
@@ -23,7 +23,6 @@ class LastLayerFit:
         conv, self.factor = (last[0], last.factor) if isinstance(last, SubpixelUp) else (last, 1)
         if not is_plain_3x3(conv) or conv.bias is None:
             raise ValueError(f"expected a network that ends in a plain 3x3 convolution with bias, got {last}; fold branches first")
-        assert isinstance(conv, nn.Conv2d) and conv.bias is not None
         self.conv, self.bias = conv, conv.bias
         self.ends = network.to_picture(torch.tensor([0.0, 1.0])).tolist()  # pictures are a + (b - a) * output
         size = conv.weight[0].numel() + 1

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from fast_latent_decoders.networks.blocks import BlockNetwork
 
+FLAT_COLOURS = 64  # of a step: as many latents as a crop of 128 px
+
 
 @contextmanager
 def endless(network: nn.Module) -> Iterator[None]:
@@ -20,15 +22,13 @@ def endless(network: nn.Module) -> Iterator[None]:
     Convolutions over time keep their zeros: a clip has a beginning.
     """
     changed = [m for m in network.modules() if isinstance(m, nn.Conv2d) and m.padding_mode == "zeros" and m.padding[0] == m.padding[1] != 0]
-    kept = [list(conv._reversed_padding_repeated_twice) for conv in changed]
     for conv in changed:
         conv.padding_mode = "circular"
-        conv._reversed_padding_repeated_twice = [int(conv.padding[0])] * 4  # what nn.Conv2d pads with, unless by zeros
     try:
         yield
     finally:
-        for conv, padding in zip(changed, kept, strict=True):
-            conv.padding_mode, conv._reversed_padding_repeated_twice = "zeros", padding
+        for conv in changed:
+            conv.padding_mode = "zeros"
 
 
 def surfaces(network: BlockNetwork, srgb: Tensor, latents: Tensor) -> tuple[Tensor, Tensor, int]:

@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from fast_latent_decoders.evaluation.encoders import FrozenEncoder, load_encoder
+from fast_latent_decoders.evaluation.samples import Kind
 
 
 @dataclass
@@ -151,6 +152,12 @@ class Shards:
         targets = ((x + 1) * 127.5).round().to(torch.uint8)
         first, second, third = (part.unflatten(0, (clips, frames)) for part in (latents, table, targets))
         return first, second, third
+
+
+def first_latents(c: Config, encoder: FrozenEncoder, kind: Kind) -> Tensor:
+    """Scaled latents of a run's first shard, frames of one clip after each other: (M * T, C, h, w)."""
+    shard = Shards(c, {kind: Sources(c.data, kind, c.seed)}, encoder, Accelerator(cpu=True)).get(0, kind, 0)
+    return shard.draw(c, torch.arange(len(shard.latents)), c.seed)[0]
 
 
 def deaf(_: int) -> None:

@@ -15,14 +15,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from card import place_of
 from config import Config, Stage
-from data import Sources, pick
+from data import pick
 from export import write_export
 from fit import LastLayerFit
 from flats import endless, surfaces
-from latents import Shards
+from latents import first_latents
 from losses import ShiftTolerantLPIPS
 from pydantic import TypeAdapter
 from running import sentences
@@ -34,15 +33,13 @@ from fast_latent_decoders.engines import keep_memory
 from fast_latent_decoders.evaluation.encoders import FrozenEncoder, load_encoder
 from fast_latent_decoders.evaluation.samples import Kind
 
-POSITIONS = 2**14, 2**4  # of each picture and of each colour that are looked at
+PICTURE, COLOUR = 2**14, 2**4  # positions of each that are looked at
 
 
 def crops(c: Config, encoder: FrozenEncoder, kind: Kind, count: int, side: int, frames: int) -> Tensor:
     """Latents (count * frames, C, side/8, side/8), scaled, of "pictures" or "clips" of the run's data."""
     stage = Stage(crop=side, batch=1, reduce=1.0, clips=float(kind == "clips"), frames=frames)
-    c = replace(c, stages=[stage], shard=math.ceil(count * (side / 128) ** 2) * (frames if kind == "clips" else 1), cache=None)
-    shard = Shards(c, {kind: Sources(c.data, kind, c.seed)}, encoder, Accelerator(cpu=True)).get(0, kind, 0)
-    return shard.draw(c, torch.arange(len(shard.latents)), c.seed)[0]
+    return first_latents(replace(c, stages=[stage], shard=math.ceil(count * (side / 128) ** 2) * frames, cache=None), encoder, kind)
 
 
 @torch.no_grad()
@@ -52,7 +49,7 @@ def add_flat(fit: LastLayerFit, srgb: Tensor, latents: Tensor, weight: float) ->
     with endless(fit.network):
         own = torch.cat([fit.network(part, frames) for part in z.split(64 * frames)])
         beyond = (target.abs() == 1) & (own * target > 1)  # is cut off anyway
-        fit.add(z, torch.where(beyond, own, target), weight, frames, batch=64, positions=64 * frames * POSITIONS[1])
+        fit.add(z, torch.where(beyond, own, target), weight, frames, batch=64, positions=64 * frames * COLOUR)
 
 
 def main() -> None:
@@ -82,7 +79,7 @@ def main() -> None:
         for kind in sorted({source.kind for source in c.data}):
             frames = 2 if kind == "clips" and model.decoder.mixes_frames else 1
             z = crops(c, encoder, kind, arguments.crops, arguments.side, frames)
-            fit.add(z, None, frames=frames, batch=1, positions=POSITIONS[0] * frames)
+            fit.add(z, None, frames=frames, batch=1, positions=PICTURE * frames)
     assert encoder.colours is not None
     fitted_to = torch.arange(len(encoder.colours["srgb"])) % MEASURED_COLOURS != 0
     add_flat(fit, encoder.colours["srgb"][fitted_to], encoder.colours["latent"][fitted_to], arguments.weight)

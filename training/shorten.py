@@ -13,13 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from card import origin, place_of
 from config import read_config
-from data import Sources
 from fit import fit_last_layer
 from fold import fold_upsampling
-from latents import Shards
+from latents import first_latents
 from running import sentences
 from torch import Tensor, nn
 
@@ -85,9 +83,7 @@ def card(source: str, how: str) -> str:
 def drawn_latents(config: str, crops: int, source: FastDecoder) -> Tensor:
     """Scaled latents (M, C, 16, 16) of a configuration's first crops of 128 px."""
     c = read_config(config, [f"shard={crops}", "stages=[{crop: 128}]"])
-    encoder = load_encoder(c.encoder, c.stand_in, source)
-    shard = Shards(c, {"pictures": Sources(c.data, "pictures", c.seed)}, encoder, Accelerator(cpu=True)).get(0, "pictures", 0)
-    return shard.draw(c, torch.arange(len(shard.latents)), c.seed)[0]
+    return first_latents(c, load_encoder(c.encoder, c.stand_in, source), "pictures")
 
 
 @torch.inference_mode()

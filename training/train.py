@@ -25,7 +25,7 @@ from config import Config, build_decoder, read_config
 from data import Sources, pick
 from export import machine, summary, write_export
 from faces import FaceDetector
-from flats import flat
+from flats import FLAT_COLOURS, flat
 from fold import branch, fold_branches
 from grow import grow
 from latents import Shards
@@ -82,9 +82,6 @@ def warm_start(c: Config, model: FastDecoder) -> int:
     except RuntimeError as error:
         raise SystemExit(f"{c.warm_start} is a decoder of another shape than this run's ({error}); with init= it can be grown") from None
     return int(json.loads(run.read_text())["steps"])
-
-
-FLAT_COLOURS = 64  # a step, of the term "flat": as many latents as a crop of 128 px
 
 
 # ---------------------------------------------------------------- run
@@ -178,7 +175,8 @@ def main() -> None:
             with torch.no_grad():
                 wanted = encoder.latents(target)
             terms["reencode"] = (encoder.latents(decoded) - wanted).abs().mean()
-        if c.losses.get("flat") and encoder.colours:
+        if c.losses.get("flat"):
+            assert encoder.colours is not None, "config.py asks for them"
             terms["flat"] = flat(network, encoder.colours, FLAT_COLOURS, seed)
         if lesson:
             terms.update(lesson.terms(imitated, taught, frames, decoded, z, seed))

@@ -59,11 +59,11 @@ def measure_picture(y: Tensor, x: Tensor, stlpips: ShiftTolerantLPIPS) -> dict[s
     return found
 
 
-def flat_colours(decode: Decode, encoder: FrozenEncoder, every: int = 1) -> dict[str, float]:
+def flat_colours(decode: Decode, encoder: FrozenEncoder) -> dict[str, float]:
     """Figures of real latents of flat colours (see colour.flat_colours) by the names of the log; none where there are no such latents."""
     if encoder.colours is None:
         return {}
-    found = colour.flat_colours(decode, encoder, every)
+    found = colour.flat_colours(decode, encoder, MEASURED_COLOURS)
     return {"flat_psnr": found.psnr, "flat_p95": found.p95, "flat_worst": found.worst}
 
 
@@ -87,7 +87,7 @@ def measure(
     columns = {key: [row[key] for row in rows if key in row] for key in {key: None for row in rows for key in row}}
     # One picture of little detail can have any ratio: the median.
     means = {key: float((np.median if key == "sharpness" else np.mean)(column)) for key, column in columns.items()}
-    return {key: round(value, 4) for key, value in {**means, **flat_colours(decode, encoder, every=MEASURED_COLOURS)}.items()}
+    return {key: round(value, 4) for key, value in {**means, **flat_colours(decode, encoder)}.items()}
 
 
 @torch.no_grad()
