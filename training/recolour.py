@@ -4,7 +4,8 @@
 
 In a crop of 128 px every pixel sees the border and its zeros, so that is where a run learns colours; inside a large surface they come
 out otherwise (RESULTS.md, "Colours away from the border"). One fit of the last convolution by least squares, minutes where training
-takes hours: it asks for real flat colours as an endless surface shows them, and for the decoder's own pictures of the run's data.
+takes hours: it asks for real flat colours as an endless surface shows them (one of 256 px where a norm takes the border in), and for
+the decoder's own pictures of the run's data.
 The folder that it writes is one that publish.py takes. The colours that train.py measures are left out of the fit.
 """
 
@@ -44,12 +45,13 @@ def crops(c: Config, encoder: FrozenEncoder, kind: Kind, count: int, side: int, 
 
 @torch.no_grad()
 def add_flat(fit: LastLayerFit, srgb: Tensor, latents: Tensor, weight: float) -> None:
-    """Colours (N, 3) in [0, 1] and their latents (N, C), as endless surfaces."""
+    """Colours (N, 3) in [0, 1] and their latents (N, C), as endless surfaces, or as `surfaces` has them."""
     z, target, frames = surfaces(fit.network, srgb, latents)
+    batch = max(1, 256 // z[0, 0].numel())
     with endless(fit.network):
-        own = torch.cat([fit.network(part, frames) for part in z.split(64 * frames)])
+        own = torch.cat([fit.network(part, frames) for part in z.split(batch * frames)])
         beyond = (target.abs() == 1) & (own * target > 1)  # is cut off anyway
-        fit.add(z, torch.where(beyond, own, target), weight, frames, batch=64, positions=64 * frames * COLOUR)
+        fit.add(z, torch.where(beyond, own, target), weight, frames, batch, batch * frames * (COLOUR if batch > 1 else PICTURE))
 
 
 def main() -> None:
