@@ -11,10 +11,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from fast_latent_decoders.evaluation.colour import SIDE
 from fast_latent_decoders.networks.blocks import BlockNetwork
 
 FLAT_COLOURS = 64  # of a step: as many latents as a crop of 128 px
-SIDE = 32  # latents of a surface that is not endless, as colours are measured (evaluation/colour.py)
 
 
 def takes_all_in(network: nn.Module) -> bool:
